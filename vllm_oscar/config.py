@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Presets: what a page of quantized KV cache contains, and why.
+
+A preset is the value of ``--kv-cache-dtype``. It fixes every number that the
+encoder, the kernels and the capacity arithmetic need; nothing else in the
+package chooses a bit width or a group size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+PAGE_TOKENS = 128
+"""Tokens per page. A page is also the KV-cache block of vLLM."""
+
+WINDOW_TOKENS = 128
+"""With ``recent_window``, how many of the newest tokens are read in 16 bit."""
+
+SUPPORTED_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
+
+
+class ParamType(str, Enum):
+    """Storage type of the key scales and zeros."""
+
+    FP16 = "fp16"
+    E4M3 = "e4m3"
+
+    @property
+    def nbytes(self) -> int:
+        return 2 if self is ParamType.FP16 else 1
+
+
+class NormScope(str, Enum):
+    """Over what the norm of a key is taken before it is quantized (paper, section 3.3)."""
+
+    HEAD = "head"  # one norm per token and KV head: invariant under tensor parallelism
+    JOINT = "joint"  # one norm per token over all KV heads of the rank, as in the paper
+    NONE = "none"
+
+
+@dataclass(frozen=True)
+class OscarConfig:
+    """Numerics of one preset. Immutable and validated.
+
+    Attributes:
+        name: the ``--kv-cache-dtype`` value.
+        key_bits: bits per key code, 2, 3 or 4. Values always have 2.
+        key_group: consecutive tokens that share one key scale and zero per channel.
+        value_group: consecutive channels that share one value scale and zero per
+            token; larger than the head size means the whole head.
+        key_param: storage type of key scales and zeros. Value scales and zeros are
+            fp16, since values are not normalised and may have any magnitude.
+        norm: scope of the key norm.
+        key_clip, value_clip: the quantized range as a fraction of min..max, about
+            its centre. 1.0 means no clipping.
+        integer_zero: round zero points to whole codes (only to reproduce the paper).
+        recent_window: read the newest ``WINDOW_TOKENS`` tokens from the 16-bit ring
+            even when their pages are already quantized.
+        exact_first_key: in the first page of a sequence all tokens share the scales
+            of group 0, and the bytes of group 1 hold the key of token 0 in fp16: the
+            attention sink keeps its exact logit at no cost in memory.
+    """
+
+    name: str
+    key_bits: int = 3
+    key_group: int = 64
+    value_group: int = 256
+    key_param: ParamType = ParamType.E4M3
+    norm: NormScope = NormScope.HEAD
+    key_clip: float = 0.95
+    value_clip: float = 0.75
+    integer_zero: bool = False
+    recent_window: bool = True
+    exact_first_key: bool = True
+
+    def __post_init__(self) -> None:
+        if self.key_bits not in (2, 3, 4):
+            raise ValueError(f"key_bits must be 2, 3 or 4, not {self.key_bits}")
+        if self.key_group not in (32, 64, 128):
+            raise ValueError(f"key_group must be 32, 64 or 128, not {self.key_group}")
+        if self.value_group not in (32, 64, 128, 256):
+            raise ValueError(f"value_group must be 32, 64, 128 or 256, not {self.value_group}")
+        for field in ("key_clip", "value_clip"):
+            if not 0.0 < getattr(self, field) <= 1.0:
+                raise ValueError(f"{field} must be in (0, 1], not {getattr(self, field)}")
+        if self.exact_first_key and self.key_group == PAGE_TOKENS:
+            raise ValueError("exact_first_key needs a second key group: key_group must be 32 or 64")
+
+
+PRESETS: dict[str, OscarConfig] = {
+    config.name: config
+    for config in (
+        OscarConfig("oscar"),
+        OscarConfig("oscar_small", key_bits=2, key_group=32, key_clip=0.9, value_clip=0.7),
+        OscarConfig("oscar_large", key_bits=4, key_clip=1.0),
+        OscarConfig(
+            "oscar_paper",
+            key_bits=2,
+            key_group=32,
+            value_group=32,
+            key_param=ParamType.FP16,
+            norm=NormScope.JOINT,
+            key_clip=1.0,
+            value_clip=1.0,
+            integer_zero=True,
+            recent_window=False,
+            exact_first_key=False,
+        ),
+    )
+}
+
+
+def get_preset(name: str) -> OscarConfig:
+    """The preset called ``name``; ``ValueError`` naming the known ones otherwise."""
+    try:
+        return PRESETS[name]
+    except KeyError:
+        known = ", ".join(PRESETS)
+        raise ValueError(f"unknown OScaR preset {name!r}; use one of: {known}") from None
