@@ -78,7 +78,7 @@ class BuildNative(build_ext):
 
 def wanted_extensions() -> list[Extension]:
     kinds = {"auto": ["cpu", "cuda"], "none": []}.get(CHOICE, [CHOICE])
-    return [Extension(f"vllm_oscar.lib.oscar_{kind}", []) for kind in kinds if kind in LIBRARIES]
+    return [Extension(f"vllm_oscar.lib.oscar_{kind}", [], optional=True) for kind in kinds if kind in LIBRARIES]
 
 
 setup(ext_modules=wanted_extensions(), cmdclass={"build_ext": BuildNative})

@@ -13,6 +13,7 @@ from vllm_oscar import format as fmt_
 from vllm_oscar.config import PAGE_TOKENS, NormScope, ParamType
 from vllm_oscar.format import PageFormat
 from vllm_oscar.hadamard import rotate, unrotate
+from vllm_oscar.lossless import LosslessFormat
 
 _FP16_MAX = 65504.0
 _E4M3_MAX = 448.0
@@ -119,6 +120,8 @@ def encode_pages(key: torch.Tensor, value: torch.Tensor, fmt: PageFormat, first:
     Returns:
         uint8 ``[N, H, page_bytes]``.
     """
+    if isinstance(fmt, LosslessFormat):
+        return fmt.encode(key, value)
     rotated_key = rotate(key).transpose(1, 2)
     rotated_value = rotate(value).transpose(1, 2)
     parts = _encode_keys(rotated_key, fmt, first) | _encode_values(rotated_value, fmt)
@@ -172,6 +175,19 @@ def decode_pages_rotated(
     return key, value_param("v_scale") * codes + value_param("v_zero")
 
 
+def decode_pages(
+    pages: torch.Tensor, fmt: PageFormat, first: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverse of :func:`encode_pages`: key and value ``[N, 128, H, D]`` in the model's own space.
+
+    float32, or with the lossless codec ``dtype``, the one that was stored.
+    """
+    if isinstance(fmt, LosslessFormat):
+        return fmt.decode(pages, dtype)
+    key, value = decode_pages_rotated(pages, fmt, first)
+    return unrotate(key).transpose(1, 2), unrotate(value).transpose(1, 2)
+
+
 def encode_page(key: torch.Tensor, value: torch.Tensor, fmt: PageFormat, *, first: bool = False) -> torch.Tensor:
     """Quantize one block: ``[128, H, D]`` key and value to uint8 ``[H, page_bytes]``.
 
@@ -182,8 +198,8 @@ def encode_page(key: torch.Tensor, value: torch.Tensor, fmt: PageFormat, *, firs
 
 def decode_page(page: torch.Tensor, fmt: PageFormat, *, first: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Inverse of :func:`encode_page`: float32 key and value ``[128, H, D]``, not rotated."""
-    key, value = decode_pages_rotated(page[None], fmt, torch.tensor([first], device=page.device))
-    return unrotate(key[0]).transpose(0, 1), unrotate(value[0]).transpose(0, 1)
+    key, value = decode_pages(page[None], fmt, torch.tensor([first], device=page.device))
+    return key[0], value[0]
 
 
 # ---- the ring ------------------------------------------------------------------
@@ -241,9 +257,9 @@ def attention(
     count = -(-ring_start // PAGE_TOKENS)
     if count:
         first = torch.arange(count, device=pages.device) == 0
-        old_key, old_value = decode_pages_rotated(pages[:count], fmt, first)
-        old_key = unrotate(old_key).transpose(1, 2).flatten(0, 1)[:ring_start]
-        old_value = unrotate(old_value).transpose(1, 2).flatten(0, 1)[:ring_start]
+        old_key, old_value = decode_pages(pages[:count], fmt, first, key.dtype)
+        old_key = old_key.flatten(0, 1)[:ring_start]
+        old_value = old_value.flatten(0, 1)[:ring_start]
     else:
         old_key = old_value = key.new_empty(0, *key.shape[1:])
     keys = torch.cat([old_key.to(compute), ring_key.to(compute), key.to(compute)])

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention backends: what they support."""
+
+from __future__ import annotations
+
+import torch
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from vllm_oscar.config import PAGE_TOKENS, PRESETS, SUPPORTED_HEAD_DIMS
+from vllm_oscar.metadata import OscarMetadataBuilder, OscarTailMetadataBuilder
+
+
+class OscarBackend(AttentionBackend):
+    """Backend of the model's Attention layers: INT2 pages."""
+
+    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes = list(PRESETS)
+    forward_includes_kv_cache_update = True
+    name = "OSCAR"
+
+    @classmethod
+    def get_name(cls) -> str:
+        return cls.name
+
+    @staticmethod
+    def get_impl_cls():
+        from vllm_oscar.impl import OscarImpl
+
+        return OscarImpl
+
+    @staticmethod
+    def get_builder_cls():
+        return OscarMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int]:
+        return [PAGE_TOKENS]
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return list(SUPPORTED_HEAD_DIMS)
+
+    @classmethod
+    def supported_kv_cache_layouts(cls):
+        # Each needs the page of one (block, head) to be one contiguous run of bytes.
+        return (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False
+
+
+class OscarTailBackend(OscarBackend):
+    """Backend of the ring layers; never called, only asked for metadata and layout."""
+
+    name = "OSCAR_TAIL"
+
+    @staticmethod
+    def get_builder_cls():
+        return OscarTailMetadataBuilder

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every touch of vLLM internals, one function per patch (catalogue: ``patches/README.md``).
+
+Each is idempotent, because vLLM loads plugins in every process and sometimes twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Literal, get_args
+
+import torch
+
+from vllm_oscar.config import PRESETS
+
+MIN_VLLM = (0, 29)
+MAX_VLLM = (0, 33)  # inclusive
+
+BACKENDS = {
+    "OSCAR": "vllm_oscar.backend.OscarBackend",
+    "OSCAR_TAIL": "vllm_oscar.backend.OscarTailBackend",
+}
+
+
+def vllm_version() -> tuple[int, int]:
+    """(major, minor) of the vLLM that is imported."""
+    import vllm
+
+    major, minor = vllm.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def unsupported_version() -> str | None:
+    """A sentence if this vLLM is outside the supported range."""
+    found = vllm_version()
+    if MIN_VLLM <= found <= MAX_VLLM:
+        return None
+    dotted = [".".join(map(str, version)) for version in (found, MIN_VLLM, MAX_VLLM)]
+    return (
+        f"vllm-oscar supports vLLM {dotted[1]} to {dotted[2]}, but vLLM {dotted[0]} is installed; "
+        "--kv-cache-dtype oscar is unavailable until you install a supported vLLM or a newer vllm-oscar"
+    )
+
+
+def apply() -> None:
+    """Apply every patch to the vLLM of this process."""
+    register_dtypes()
+    register_backends()
+    register_tail_spec()
+    patch_backend_selection()
+    patch_config_check()
+    patch_attention_layer()
+
+
+def _wrap_once(owner: type, name: str, wrapper) -> None:
+    """Replace ``owner.name`` by ``wrapper(original)``, unless that was done before."""
+    original = owner.__dict__.get(name) or getattr(owner, name)
+    is_classmethod = isinstance(original, classmethod) or hasattr(original, "__self__")
+    function = original.__func__ if is_classmethod else original
+    if getattr(function, "_oscar", False):
+        return
+    wrapped = functools.wraps(function)(wrapper(function))
+    wrapped._oscar = True
+    setattr(owner, name, classmethod(wrapped) if is_classmethod else wrapped)
+
+
+def register_dtypes() -> None:
+    """Make every preset a legal ``--kv-cache-dtype``."""
+    import vllm.config.cache as cache
+
+    if hasattr(cache, "register_kv_cache_dtype"):  # vLLM >= 0.33
+        from vllm.v1.kv_cache_interface import KVQuantMode
+
+        for preset in PRESETS:
+            if cache.get_kv_cache_dtype_handler(preset) is None:
+                handler = type(
+                    "OscarKVCacheDType",
+                    (),
+                    {
+                        "name": preset,
+                        "torch_dtype": lambda self: torch.uint8,
+                        # Not CUSTOM: in 0.33 that is an alias of another format's mode.
+                        "quant_mode": lambda self: KVQuantMode.NONE,
+                    },
+                )
+                cache.register_kv_cache_dtype(preset)(handler)
+        return
+
+    from pydantic.dataclasses import rebuild_dataclass
+    from vllm.engine import arg_utils
+    from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+    from vllm.v1.attention import selector
+
+    known = get_args(cache.CacheDType)
+    if set(PRESETS) <= set(known):
+        return
+    extended = Literal[(*known, *PRESETS)]
+    STR_DTYPE_TO_TORCH_DTYPE.update(dict.fromkeys(PRESETS, torch.uint8))
+    cache.CacheDType = selector.CacheDType = extended
+    config = cache.CacheConfig
+    config.__annotations__["cache_dtype"] = extended
+    config.__dataclass_fields__["cache_dtype"].type = extended
+    config.__pydantic_fields__["cache_dtype"].annotation = extended
+    config.__pydantic_complete__ = False
+    rebuild_dataclass(config, force=True)
+    if hasattr(arg_utils, "_compute_kwargs"):  # the command line's cached choices
+        arg_utils._compute_kwargs.cache_clear()
+
+
+def register_backends() -> None:
+    """Give the backends their names in vLLM's registry."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if hasattr(AttentionBackendEnum, "register"):  # vLLM >= 0.32
+        for name, path in BACKENDS.items():
+            if name not in AttentionBackendEnum.__members__:
+                register_backend(name, path)
+        return
+    # Earlier there is one slot for strangers, and a backend must bear its name.
+    from vllm_oscar.backend import OscarBackend
+
+    register_backend(AttentionBackendEnum.CUSTOM, BACKENDS["OSCAR"])
+    OscarBackend.name = "CUSTOM"
+
+
+def register_tail_spec() -> None:
+    """Tell the block manager how the ring is allocated."""
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    from vllm_oscar.tail import OscarTailManager, OscarTailSpec
+
+    # Registering into an empty registry would keep vLLM from adding its own specs.
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(OscarTailSpec, OscarTailManager, uniform_type_base_spec=OscarTailSpec)
+
+
+def patch_backend_selection() -> None:
+    """Select our backend by dtype; the platforms' own lists are closed."""
+    from vllm.platforms import current_platform
+
+    def wrapper(original):
+        def get_attn_backend_cls(cls, selected_backend, attn_selector_config, *args, **kwargs):
+            if attn_selector_config.kv_cache_dtype in PRESETS:
+                from vllm_oscar.checks import check_selection
+
+                check_selection(attn_selector_config)
+                return BACKENDS["OSCAR"]
+            return original(cls, selected_backend, attn_selector_config, *args, **kwargs)
+
+        return get_attn_backend_cls
+
+    _wrap_once(type(current_platform), "get_attn_backend_cls", wrapper)
+
+
+def patch_config_check() -> None:
+    """Check the configuration in the process that the user started, before any worker."""
+    from vllm.platforms import current_platform
+
+    def wrapper(original):
+        def check_and_update_config(cls, vllm_config):
+            original(cls, vllm_config)
+            if vllm_config.cache_config.cache_dtype in PRESETS:
+                from vllm_oscar.checks import check_config
+
+                check_config(vllm_config)
+
+        return check_and_update_config
+
+    _wrap_once(type(current_platform), "check_and_update_config", wrapper)
+
+
+def patch_attention_layer() -> None:
+    """Give every Attention layer its tail and its compressed page size.
+
+    The impl is not told its layer's name, and ``AttentionBackend.customize_spec`` is not
+    told the dtype, so both are done where the layer is at hand.
+    """
+    from vllm.model_executor.layers.attention import Attention
+
+    def wrap_init(original):
+        def __init__(self, *args, **kwargs):
+            original(self, *args, **kwargs)
+            if self.kv_cache_dtype in PRESETS:
+                from vllm.config import get_current_vllm_config
+
+                from vllm_oscar.tail import OscarTail
+
+                self.oscar_tail = OscarTail(self, get_current_vllm_config())
+
+        return __init__
+
+    def wrap_spec(original):
+        def get_kv_cache_spec(self, vllm_config):
+            spec = original(self, vllm_config)
+            if self.kv_cache_dtype in PRESETS:
+                # What the block manager counts, and so what decides the capacity.
+                spec = dataclasses.replace(spec, state_content_bytes=self.impl.fmt.bytes_per_token)
+            return spec
+
+        return get_kv_cache_spec
+
+    _wrap_once(Attention, "__init__", wrap_init)
+    _wrap_once(Attention, "get_kv_cache_spec", wrap_spec)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choice of the kernels behind the three cache operations (see :mod:`.reference`).
+
+CUDA devices: cuda, else triton, else refuse. CPU: the native library, else the
+PyTorch reference with one warning. ``VLLM_OSCAR_KERNELS`` overrides, for tests.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from functools import lru_cache
+from types import ModuleType
+
+from vllm_oscar import envs
+from vllm_oscar.lossless import LosslessFormat
+
+logger = logging.getLogger("vllm.oscar")
+
+_CANDIDATES = {"cuda": ("cuda", "triton"), "cpu": ("cpu", "reference")}
+
+
+def load(kind: str) -> tuple[ModuleType | None, str]:
+    """The kernels called ``kind``, or None and the reason why they cannot be used."""
+    try:
+        module = importlib.import_module(f"vllm_oscar.ops.{kind}")
+    except ImportError as error:
+        return None, str(error)
+    reason = module.unavailable() if hasattr(module, "unavailable") else None
+    return (None, reason) if reason else (module, "")
+
+
+@lru_cache(maxsize=None)
+def _select(device_type: str) -> ModuleType:
+    forced = envs.forced_kernels()
+    kinds = (forced,) if forced else _CANDIDATES.get(device_type, ())
+    reasons = []
+    for kind in kinds:
+        module, reason = load(kind)
+        if module is not None:
+            if reasons:
+                logger.warning("OScaR uses its %s kernels; not available: %s", kind, "; ".join(reasons))
+            else:
+                logger.info("OScaR uses its %s kernels.", kind)
+            return module
+        reasons.append(f"{kind} ({reason})")
+    raise RuntimeError(
+        f"--kv-cache-dtype oscar has no kernels for device {device_type!r}: {'; '.join(reasons) or 'not supported'}; "
+        "run `vllm-oscar doctor`, or use --kv-cache-dtype auto"
+    )
+
+
+def select(device_type: str, fmt) -> ModuleType:
+    """The module that implements the operations for ``fmt`` on ``device_type``.
+
+    Raises ``RuntimeError`` with the reasons when no kernels can run there.
+    """
+    if isinstance(fmt, LosslessFormat):
+        from vllm_oscar.ops import reference
+
+        return reference
+    return _select(device_type)
+
+
+def graph_support(device_type: str):
+    """CUDA-graph support of the kernels that :func:`select` would choose."""
+    from vllm.v1.attention.backend import AttentionCGSupport
+
+    if device_type != "cuda" or envs.lossless_codec():
+        return AttentionCGSupport.NEVER
+    return getattr(AttentionCGSupport, getattr(_select(device_type), "GRAPH_SUPPORT", "NEVER"))
