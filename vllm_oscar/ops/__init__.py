@@ -17,7 +17,7 @@ from vllm_oscar.lossless import LosslessFormat
 
 logger = logging.getLogger("vllm.oscar")
 
-_CANDIDATES = {"cuda": ("cuda", "triton"), "cpu": ("cpu", "reference")}
+CANDIDATES = {"cuda": ("cuda", "triton"), "cpu": ("cpu", "reference")}
 
 
 def load(kind: str) -> tuple[ModuleType | None, str]:
@@ -26,14 +26,14 @@ def load(kind: str) -> tuple[ModuleType | None, str]:
         module = importlib.import_module(f"vllm_oscar.ops.{kind}")
     except ImportError as error:
         return None, str(error)
-    reason = module.unavailable() if hasattr(module, "unavailable") else None
-    return (None, reason) if reason else (module, "")
+    usable, reason = module.available()
+    return (module, "") if usable else (None, reason)
 
 
 @lru_cache(maxsize=None)
 def _select(device_type: str) -> ModuleType:
     forced = envs.forced_kernels()
-    kinds = (forced,) if forced else _CANDIDATES.get(device_type, ())
+    kinds = (forced,) if forced else CANDIDATES.get(device_type, ())
     reasons = []
     for kind in kinds:
         module, reason = load(kind)

