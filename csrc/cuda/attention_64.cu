@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "oscar/attention_launch.cuh"
+
+namespace oscar {
+template int attention<64>(const OscarAttentionArgs&, cudaStream_t);
+template int attention_workspace<64>(const OscarAttentionArgs&, int64_t&);
+}  // namespace oscar

@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+// Host side of attention: launch shape, workspace, dispatch. One .cu file per head size
+// includes this, so that they compile in parallel.
+#pragma once
+
+#include <algorithm>
+
+#include "oscar/combine.cuh"
+#include "oscar/decode.cuh"
+#include "oscar/presets.cuh"
+
+namespace oscar {
+
+#define OSCAR_TRY(call)                              \
+  do {                                               \
+    const int oscar_error = static_cast<int>(call);  \
+    if (oscar_error) return oscar_error;             \
+  } while (0)
+
+// Everything about a launch that does not depend on lengths.
+struct LaunchShape {
+  int blocks, warps, stages, n_tiles, row_blocks, slot_rows;
+  int64_t segments, slots, ranges_bytes, max_sum_bytes, partial_bytes;
+
+  int64_t workspace() const { return ranges_bytes + max_sum_bytes + partial_bytes; }
+};
+
+inline int64_t align256(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+
+// With more than eight query rows, sixteen share a reading of the pages; larger heads
+// leave no registers for that.
+template <class Layout>
+int choose_n_tiles(int rows) {
+  return rows > 8 && Layout::kHeadDim <= 128 ? 2 : 1;
+}
+
+template <class Layout>
+int launch_shape(const OscarAttentionArgs& args, LaunchShape& shape) {
+  int device, sms, shared;
+  OSCAR_TRY(cudaGetDevice(&device));
+  OSCAR_TRY(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
+  OSCAR_TRY(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  const int pages = (shared - kDecodeWarps * static_cast<int>(sizeof(Cursor))) / (Layout::kPageBytes + 8);
+  if (pages < 2) return OSCAR_DEVICE_TOO_SMALL;
+  shape.blocks = sms;
+  shape.warps = args.warps ? args.warps : std::min(kDecodeWarps, pages / 2);
+  shape.stages = args.stages ? args.stages : std::min(pages / shape.warps, 4);
+  if (shape.warps < 1 || shape.warps > kDecodeWarps || shape.stages < 1 || shape.warps * shape.stages > pages) {
+    return OSCAR_BAD_ARGUMENT;
+  }
+  const int rows = args.max_query_len * args.group;
+  shape.n_tiles = choose_n_tiles<Layout>(rows);
+  const int block_rows = 8 * shape.n_tiles;
+  shape.row_blocks = (rows + block_rows - 1) / block_rows;
+  shape.slot_rows = std::min(rows, block_rows);
+  shape.segments = static_cast<int64_t>(args.requests) * args.kv_heads * shape.row_blocks;
+  shape.slots = 2 * shape.segments + shape.blocks * shape.warps;
+  shape.ranges_bytes = align256(2 * shape.segments * sizeof(int2));
+  shape.max_sum_bytes = align256(shape.slots * shape.slot_rows * sizeof(float2));
+  shape.partial_bytes = align256(shape.slots * shape.slot_rows * Layout::kHeadDim * sizeof(float));
+  return OSCAR_OK;
+}
+
+template <class Kernel>
+int allow_shared_memory(Kernel kernel, int bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
+template <class Layout, int NTiles>
+int launch_attention(const AttentionParams& params, const LaunchShape& shape, cudaStream_t stream) {
+  const int shared =
+      shape.warps * (shape.stages * (Layout::kPageBytes + 8) + static_cast<int>(sizeof(Cursor)));
+  OSCAR_TRY(allow_shared_memory(decode_kernel<Layout, NTiles>, shared));
+  decode_kernel<Layout, NTiles><<<shape.blocks, 32 * shape.warps, shared, stream>>>(params, shape.stages);
+  OSCAR_TRY(cudaGetLastError());
+
+  // As many warps as an average row has partial results, within 2..16.
+  const int64_t results = 2 + static_cast<int64_t>(shape.blocks) * shape.warps / shape.segments;
+  const int warps = static_cast<int>(std::min<int64_t>(std::max<int64_t>(results / 2, 2), 16));
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(shape.segments), shape.slot_rows);
+  config.blockDim = dim3(32 * warps);
+  config.dynamicSmemBytes = warps * 2 * Layout::kHeadDim * sizeof(float);
+  config.stream = stream;
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  int device, major;
+  OSCAR_TRY(cudaGetDevice(&device));
+  OSCAR_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  config.attrs = &overlap;
+  config.numAttrs = major >= 9 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, combine_kernel<Layout::kHeadDim>, params, 8 * NTiles);
+}
+
+template <int HeadDim>
+int attention_workspace(const OscarAttentionArgs& args, int64_t& bytes) {
+  return visit_layout<HeadDim>(args.format, [&](auto layout) -> int {
+    LaunchShape shape;
+    OSCAR_TRY(launch_shape<decltype(layout)>(args, shape));
+    bytes = shape.workspace();
+    return OSCAR_OK;
+  });
+}
+
+template <int HeadDim>
+int attention(const OscarAttentionArgs& args, cudaStream_t stream) {
+  return visit_layout<HeadDim>(args.format, [&](auto layout) -> int {
+    using Layout = decltype(layout);
+    LaunchShape shape;
+    OSCAR_TRY(launch_shape<Layout>(args, shape));
+    if (shape.workspace() > args.workspace_bytes) return OSCAR_WORKSPACE_TOO_SMALL;
+    AttentionParams params;
+    params.args = args;
+    params.row_blocks = shape.row_blocks;
+    params.slot_rows = shape.slot_rows;
+    uint8_t* workspace = static_cast<uint8_t*>(args.workspace);
+    params.ranges = reinterpret_cast<int2*>(workspace);
+    params.max_sum = reinterpret_cast<float2*>(workspace + shape.ranges_bytes);
+    params.partial = reinterpret_cast<float*>(workspace + shape.ranges_bytes + shape.max_sum_bytes);
+    if constexpr (Layout::kHeadDim <= 128) {
+      if (shape.n_tiles == 2) return launch_attention<Layout, 2>(params, shape, stream);
+    }
+    return launch_attention<Layout, 1>(params, shape, stream);
+  });
+}
+
+}  // namespace oscar

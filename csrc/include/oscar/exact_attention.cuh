@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of one warp over up to 32 tokens in 16 bit: a ring page in shared memory or
+// the step's own tokens in global memory. The model's own space, no rotation.
+//
+// Lanes load 16 bytes, eight consecutive channels. Keys may take the channels of a
+// product in any order as long as the query takes the same; values are transposed in
+// registers, which permutes the channels of the result (see exact_channel()).
+#pragma once
+
+#include "oscar/query.cuh"
+#include "oscar/softmax.cuh"
+
+namespace oscar {
+
+// Channel of row `g` (upper: g + 8) of result tile `tile`.
+OSCAR_DEVICE int exact_channel(int tile, int g, int upper) {
+  return 32 * (tile / 2) + 8 * (g >> 1) + 4 * (tile & 1) + 2 * upper + (g & 1);
+}
+
+struct ExactTokens {
+  const uint8_t *key, *value;        // of token 0
+  int64_t key_stride, value_stride;  // bytes from token to token
+  uint32_t valid;                    // bit i: token i may be read
+  int position;                      // of token 0 in the step; negative: before the step
+};
+
+OSCAR_DEVICE uint4 load_token(const uint8_t* base, int64_t stride, uint32_t valid, int token, int offset) {
+  uint4 v = {};
+  if (valid >> token & 1) v = *reinterpret_cast<const uint4*>(base + token * stride + offset);
+  return v;
+}
+
+// Query row `first_row + column` is token `row / group` of the step and sees those up to itself.
+template <bool Bf16, int Tiles, int NTiles>
+OSCAR_DEVICE void attend_tokens(const ExactTokens& tokens, const QueryRows<Tiles> (&query)[NTiles],
+                                int first_row, int group, float scale_log2, Accumulator<Tiles> (&acc)[NTiles],
+                                int lane) {
+  const auto mma = [](float(&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+    if constexpr (Bf16) mma_bf16(d, a0, a1, a2, a3, b0, b1);
+    else mma_f16(d, a0, a1, a2, a3, b0, b1);
+  };
+  constexpr uint32_t kOnes = Bf16 ? 0x3f803f80u : 0x3c003c00u;
+  const int g = lane >> 2, t = lane & 3;
+
+#pragma unroll 1
+  for (int first = 0; first < 32; first += 16) {
+    const uint32_t valid = tokens.valid >> first;
+    if ((valid & 0xffffu) == 0) continue;
+    const uint8_t* keys = tokens.key + first * tokens.key_stride + 16 * t;
+    const uint8_t* values = tokens.value + first * tokens.value_stride + 16 * t;
+
+    float score[NTiles][1][4] = {};
+#pragma unroll
+    for (int i = 0; i < Tiles / 2; ++i) {
+      const uint4 a = load_token(keys, tokens.key_stride, valid, g, 64 * i);
+      const uint4 b = load_token(keys, tokens.key_stride, valid, g + 8, 64 * i);
+#pragma unroll
+      for (int n = 0; n < NTiles; ++n) {
+        mma(score[n][0], a.x, b.x, a.y, b.y, query[n].pairs[4 * i], query[n].pairs[4 * i + 1]);
+        mma(score[n][0], a.z, b.z, a.w, b.w, query[n].pairs[4 * i + 2], query[n].pairs[4 * i + 3]);
+      }
+    }
+    uint32_t weight[NTiles][2];
+#pragma unroll
+    for (int n = 0; n < NTiles; ++n) {
+      const int column = first_row + 8 * n + 2 * t;
+      const int limit[2] = {column / group, (column + 1) / group};
+      float(&p)[4] = score[n][0];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int token = 8 * (j >> 1) + g;
+        const bool visible = (valid >> token & 1) && tokens.position + first + token <= limit[j & 1];
+        p[j] = visible ? p[j] * scale_log2 : -INFINITY;
+      }
+      softmax_step(score[n], acc[n]);
+      weight[n][0] = transpose_8x8(Bf16 ? pack_bfloat162(p[0], p[1]) : pack_half2(p[0], p[1]));
+      weight[n][1] = transpose_8x8(Bf16 ? pack_bfloat162(p[2], p[3]) : pack_half2(p[2], p[3]));
+      mma(acc[n].extra, kOnes, kOnes, kOnes, kOnes, weight[n][0], weight[n][1]);
+    }
+#pragma unroll
+    for (int i = 0; i < Tiles / 2; ++i) {
+      const uint4 a = load_token(values, tokens.value_stride, valid, g, 64 * i);
+      const uint4 b = load_token(values, tokens.value_stride, valid, g + 8, 64 * i);
+      const uint32_t a0 = transpose_8x8(a.x), a1 = transpose_8x8(a.y), a2 = transpose_8x8(a.z), a3 = transpose_8x8(a.w);
+      const uint32_t b0 = transpose_8x8(b.x), b1 = transpose_8x8(b.y), b2 = transpose_8x8(b.z), b3 = transpose_8x8(b.w);
+#pragma unroll
+      for (int n = 0; n < NTiles; ++n) {
+        mma(acc[n].out[2 * i], a0, a1, b0, b1, weight[n][0], weight[n][1]);
+        mma(acc[n].out[2 * i + 1], a2, a3, b2, b3, weight[n][0], weight[n][1]);
+      }
+    }
+  }
+}
+
+template <int Tiles>
+OSCAR_DEVICE void write_exact_result(const Accumulator<Tiles>& acc, float* target, int rows, int lane) {
+  const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+  for (int i = 0; i < Tiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int row = 2 * t + (j & 1);
+      if (row < rows) target[row * 16 * Tiles + exact_channel(i, g, j >> 1)] = acc.out[i][j];
+    }
+  }
+}
+
+}  // namespace oscar

@@ -1,0 +1,236 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of one warp over one quantized page in shared memory.
+//
+// Both products are transposed, S^T = K Q^T and O^T += V^T P^T, so that the codes are
+// the A operand and eight query rows fill N. Key scales are folded into the query once
+// per key group, value scales into the weights; zeros take one extra product each, and
+// norms multiply the scores. With `lane = 4*g + t` a lane holds rows g and g + 8 and
+// columns 2*t and 2*t + 1 of a result fragment.
+#pragma once
+
+#include "oscar/fragments.cuh"
+#include "oscar/query.cuh"
+#include "oscar/softmax.cuh"
+
+namespace oscar {
+
+// Key zeros times query: row `group` of the result, and in the first page of a sequence
+// row 8 holds the product with the exact first key.
+template <class Layout>
+OSCAR_DEVICE void zero_products(const uint8_t* page, bool first, const QueryRows<Layout::kTiles>& query, int lane,
+                                float (&result)[4]) {
+  const int g = lane >> 2, t = lane & 3;
+  const bool one_group = Layout::kExactFirstKey && first;
+  const uint8_t* row = page + Layout::kKeyParams + (one_group ? 0 : g) * Layout::kKeyGroupBytes;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) result[j] = 0.f;
+#pragma unroll
+  for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
+    uint32_t zeros[8] = {}, exact[8] = {};
+    if (g < Layout::kKeyGroups) load_key_params<Layout>(row + Layout::kKeyGroupBytes / 2, t, chunk, zeros);
+    if (one_group && g == 0) {
+      const uint32_t* key = reinterpret_cast<const uint32_t*>(page + Layout::kFirstKey) + t * 2 * Layout::kTiles;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) exact[i] = key[8 * chunk + i];
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+      const uint32_t* pair = query.pairs + 8 * chunk + i;
+      mma_f16(result, zeros[i], exact[i], zeros[i + 1], exact[i + 1], pair[0], mul_half2(pair[1], kHalf2Sixteen));
+    }
+  }
+}
+
+// Attend to the first `valid` tokens of `page`.
+template <class Layout, int NTiles>
+OSCAR_DEVICE void attend_page(const uint8_t* page, bool first, int valid, const QueryRows<Layout::kTiles> (&query)[NTiles],
+                              Accumulator<Layout::kTiles> (&acc)[NTiles], int lane) {
+  constexpr int kTiles = Layout::kTiles, kChunks = Layout::kChunks, kValueGroups = Layout::kValueGroups;
+  // Two 32-token blocks at a time give enough independent products to hide their latency.
+  constexpr int kBlocks = NTiles * kTiles <= 8 ? 2 : 1;
+  const int g = lane >> 2, t = lane & 3;
+  const bool one_group = Layout::kExactFirstKey && first;
+
+  float zero[NTiles][4];
+#pragma unroll
+  for (int n = 0; n < NTiles; ++n) zero_products<Layout>(page, first, query[n], lane, zero[n]);
+
+#pragma unroll 1
+  for (int base = 0; base < 4; base += kBlocks) {
+    // ---- scores ----
+    float score[NTiles][2 * kBlocks][4];
+#pragma unroll
+    for (int n = 0; n < NTiles; ++n) {
+#pragma unroll
+      for (int r = 0; r < 2 * kBlocks; ++r) score[n][r][0] = score[n][r][1] = score[n][r][2] = score[n][r][3] = 0.f;
+    }
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      uint32_t scaled[NTiles][8];
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+        const int block = base + i;
+        if (i == 0 || Layout::kKeyGroup == 32) {
+          const int group = one_group ? 0 : block * 32 / Layout::kKeyGroup;
+          uint32_t scales[8];
+          load_key_params<Layout>(page + Layout::kKeyParams + group * Layout::kKeyGroupBytes, t, chunk, scales);
+#pragma unroll
+          for (int n = 0; n < NTiles; ++n) {
+#pragma unroll
+            for (int j = 0; j < 8; ++j) scaled[n][j] = mul_half2(query[n].pairs[8 * chunk + j], scales[j]);
+          }
+        }
+        const uint4 low4 = load_words(page + Layout::kKeyCodes, block, chunk, kChunks, lane);
+        uint4 high4 = {};
+        if constexpr (Layout::kKeyBits == 3) high4 = load_words(page + Layout::kKeyHigh, block / 2, chunk, kChunks, lane);
+        if constexpr (Layout::kKeyBits == 4) high4 = load_words(page + Layout::kKeyHigh, block, chunk, kChunks, lane);
+        const uint32_t low[4] = {low4.x, low4.y, low4.z, low4.w};
+        const uint32_t high[4] = {high4.x, high4.y, high4.z, high4.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const uint32_t upper = Layout::kKeyBits == 3 ? __funnelshift_r(high[j], high[j], block & 1) : high[j];
+          const KeyWord<Layout::kKeyBits> word(low[j], upper);
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            const Fragment f = word.fragment(r);
+#pragma unroll
+            for (int n = 0; n < NTiles; ++n) {
+              mma_f16(score[n][2 * i + r], f.a[0], f.a[1], f.a[2], f.a[3], scaled[n][2 * j], scaled[n][2 * j + 1]);
+            }
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < NTiles; ++n) {
+      const float unit0 = kCodeUnit * query[n].factor[0], unit1 = kCodeUnit * query[n].factor[1];
+      const float upper0 = kCodeUnitUpper * query[n].factor[0], upper1 = kCodeUnitUpper * query[n].factor[1];
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+        const int row = 4 * ((base + i) * 32 / Layout::kKeyGroup);  // lanes that hold this group's zeros
+        const float zero0 = __shfl_sync(kFullWarp, zero[n][0], row + t) * query[n].factor[0];
+        const float zero1 = __shfl_sync(kFullWarp, zero[n][1], row + t) * query[n].factor[1];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float(&s)[4] = score[n][2 * i + r];
+          s[0] = fmaf(s[0], unit0, zero0);
+          s[1] = fmaf(s[1], unit1, zero1);
+          s[2] = fmaf(s[2], upper0, zero0);
+          s[3] = fmaf(s[3], upper1, zero1);
+        }
+      }
+      if (one_group && base == 0 && g == 0) {
+        score[n][0][0] = zero[n][2] * query[n].factor[0];
+        score[n][0][1] = zero[n][3] * query[n].factor[1];
+      }
+    }
+    if constexpr (Layout::kHasNorm) {
+#pragma unroll
+      for (int r = 0; r < 2 * kBlocks; ++r) {
+        const float2 norm =
+            unpack_half2(*reinterpret_cast<const uint32_t*>(page + Layout::kNorms + (2 * base + r) * 32 + g * 4));
+#pragma unroll
+        for (int n = 0; n < NTiles; ++n) {
+          score[n][r][0] *= norm.x, score[n][r][1] *= norm.x;
+          score[n][r][2] *= norm.y, score[n][r][3] *= norm.y;
+        }
+      }
+    }
+    if (valid < kPageTokens) {
+#pragma unroll
+      for (int r = 0; r < 2 * kBlocks; ++r) {
+        const int token = 32 * base + 16 * r + g;
+#pragma unroll
+        for (int n = 0; n < NTiles; ++n) {
+          if (token >= valid) score[n][r][0] = score[n][r][1] = -INFINITY;
+          if (token + 8 >= valid) score[n][r][2] = score[n][r][3] = -INFINITY;
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < NTiles; ++n) softmax_step(score[n], acc[n]);
+
+    // ---- values ----
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+      uint32_t weight[NTiles][2][kValueGroups][2];  // [.][16 tokens][value group][b], times the value scale
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int rows = 2 * (base + i) + r;
+        const uint2* scales = reinterpret_cast<const uint2*>(page + Layout::kValueScale + rows * 32 * kValueGroups);
+        uint2 zeros = make_uint2(0u, 0u);
+        if (g < kValueGroups) {
+          zeros = *(reinterpret_cast<const uint2*>(page + Layout::kValueZero + rows * 32 * kValueGroups) + lane);
+        }
+#pragma unroll
+        for (int n = 0; n < NTiles; ++n) {
+          const float(&p)[4] = score[n][2 * i + r];
+          const uint32_t b0 = transpose_8x8(pack_half2(p[0], p[1]));
+          const uint32_t b1 = transpose_8x8(pack_half2(p[2], p[3]));
+          mma_f16(acc[n].extra, zeros.x, 0x3c003c00u, zeros.y, 0x3c003c00u, b0, b1);
+#pragma unroll
+          for (int v = 0; v < kValueGroups; ++v) {
+            const uint2 scale = scales[t * kValueGroups + v];
+            weight[n][r][v][0] = mul_half2(b0, scale.x);
+            weight[n][r][v][1] = mul_half2(b1, mul_half2(scale.y, kHalf2Sixteenth));
+          }
+        }
+      }
+#pragma unroll
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        const uint4 codes4 = load_words(page + Layout::kValueCodes, base + i, chunk, kChunks, lane);
+        const uint32_t codes[4] = {codes4.x, codes4.y, codes4.z, codes4.w};
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const int tile = 4 * chunk + j, v = 16 * tile / Layout::kValueGroup;
+            const Fragment f = two_bit_fragment(codes[j], r);
+#pragma unroll
+            for (int n = 0; n < NTiles; ++n) {
+              mma_f16(acc[n].out[tile], f.a[0], f.a[1], f.a[2], f.a[3], weight[n][r][v][0], weight[n][r][v][1]);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// Bytes of tokens that were never stored may be NaN, and 0 * NaN is NaN: clear the value
+// parameters of the tokens from `valid` on. Scores need no care, they are masked.
+template <class Layout>
+OSCAR_DEVICE void clear_value_params(uint8_t* page, int valid, int lane) {
+  constexpr int kGroups = Layout::kValueGroups;
+  __half* scale = reinterpret_cast<__half*>(page + Layout::kValueScale);
+  __half* zero = reinterpret_cast<__half*>(page + Layout::kValueZero);
+  for (int i = lane; i < kPageTokens * kGroups; i += 32) {
+    const int token = i / kGroups, group = i % kGroups;
+    if (token < valid) continue;
+    const int tile = token / 16, b = (token / 8) & 1, t = (token / 2) & 3, half = token & 1;
+    scale[((tile * 4 + t) * kGroups + group) * 4 + 2 * b + half] = __half(0.f);
+    zero[((tile * kGroups + group) * 4 + t) * 4 + 2 * b + half] = __half(0.f);
+  }
+  __syncwarp();
+}
+
+// Rows of the accumulator to `target` [row][channel] (rotated space), for rows 8 * n + 0..7.
+template <class Layout>
+OSCAR_DEVICE void write_page_result(const Accumulator<Layout::kTiles>& acc, float* target, int rows, int lane) {
+  const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+  for (int i = 0; i < Layout::kTiles; ++i) {
+    const int from = 4 * (16 * i / Layout::kValueGroup) + t;
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const float zero = __shfl_sync(kFullWarp, acc.extra[c], from);
+      if (2 * t + c < rows) {
+        float* row = target + (2 * t + c) * Layout::kHeadDim + 16 * i + g;
+        row[0] = fmaf(acc.out[i][c], kCodeUnit, zero);
+        row[8] = fmaf(acc.out[i][2 + c], kCodeUnitUpper, zero);
+      }
+    }
+  }
+}
+
+}  // namespace oscar

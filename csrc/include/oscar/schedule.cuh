@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+// Division of a decode batch among a fixed grid of warps, computed on the device.
+//
+// A segment is (request, KV head, row block), a row block being up to kRows query
+// rows. Its units of work are, in order,
+//   pages     128 quantized tokens each
+//   ring      one ring page of 16-bit tokens each
+//   in-flight 32 of the step's own tokens each
+// and all cost about the same. The units of all segments form one line, of which
+// every warp takes an equal, contiguous share; so a segment is shared by neighbouring
+// warps, and a warp touches few segments. The result of a warp for one part (pages, or
+// ring and in-flight tokens) of a segment goes to slot `warp + 2 * segment + part`:
+// unique, since along the line each new result has a larger warp or a larger part.
+#pragma once
+
+#include "oscar/abi.h"
+#include "oscar/layout.cuh"
+#include "oscar/ptx.cuh"
+
+namespace oscar {
+
+constexpr int kInFlightTokens = 32;
+
+struct AttentionParams {
+  OscarAttentionArgs args;
+  int row_blocks;   // upper bound, from max_query_len
+  int slot_rows;    // rows that a slot holds
+  int2* ranges;     // per part of a segment: first and last slot
+  float2* max_sum;  // [slot][row]: maximum in log2 units, sum of weights
+  float* partial;   // [slot][row][channel]
+};
+
+// The per-request numbers that everything else derives from.
+struct Request {
+  int begin, query_len, context, ring_start;
+  int row_blocks, pages, copied, units;  // copied: pages and ring pages
+
+  Request() = default;
+  OSCAR_DEVICE Request(const AttentionParams& p, int request, int block_rows) {
+    begin = p.args.query_start_loc[request];
+    query_len = p.args.query_start_loc[request + 1] - begin;
+    context = max(p.args.seq_lens[request] - query_len, 0);
+    ring_start = min(max(p.args.ring_start[request], 0), context);
+    query_len = max(min(query_len, p.args.max_query_len), 0);
+    row_blocks = (query_len * p.args.group + block_rows - 1) / block_rows;
+    pages = (ring_start + kPageTokens - 1) / kPageTokens;
+    copied = pages + (context > ring_start ? p.args.ring_pages : 0);
+    units = copied + (query_len + kInFlightTokens - 1) / kInFlightTokens;
+  }
+};
+
+OSCAR_DEVICE int segment_index(const AttentionParams& p, int request, int head, int row_block) {
+  return (request * p.args.kv_heads + head) * p.row_blocks + row_block;
+}
+
+// A position on the line of units.
+struct Cursor {
+  Request request;
+  int index, head, row_block, unit;
+
+  // To the next unit; the caller knows that there is one.
+  OSCAR_DEVICE void advance(const AttentionParams& p, int block_rows) {
+    if (++unit < request.units) return;
+    unit = 0;
+    if (++row_block < request.row_blocks) return;
+    row_block = 0;
+    if (++head < p.args.kv_heads) return;
+    head = 0;
+    do {
+      request = Request(p, ++index, block_rows);
+    } while (request.row_blocks == 0);
+  }
+
+  // The table entry of the unit; loaded well before the bytes it points to.
+  OSCAR_DEVICE int load_entry(const AttentionParams& p) const {
+    if (unit >= request.copied) return 0;
+    const bool page = unit < request.pages;
+    const int* table = page ? p.args.block_table : p.args.ring_table;
+    const int64_t row = index * (page ? p.args.block_table_row : p.args.ring_table_row);
+    return *(reinterpret_cast<const int*>(reinterpret_cast<const uint8_t*>(table) + row) +
+             (page ? unit : unit - request.pages));
+  }
+
+  OSCAR_DEVICE const uint8_t* source(const AttentionParams& p, int64_t entry) const {
+    return unit < request.pages
+               ? static_cast<const uint8_t*>(p.args.pages) + entry * p.args.page_block + head * p.args.page_head
+               : static_cast<const uint8_t*>(p.args.ring) + entry * p.args.ring_block + head * p.args.ring_head;
+  }
+};
+
+// One warp's share of the line: `count` units from `cursor` on.
+struct Share {
+  Cursor cursor;
+  int count;
+};
+
+OSCAR_DEVICE Share find_share(const AttentionParams& p, int block_rows, int warp, int warps, int lane) {
+  const auto cost = [&](int request) {
+    if (request >= p.args.requests) return 0;
+    const Request r(p, request, block_rows);
+    return p.args.kv_heads * r.row_blocks * r.units;
+  };
+  int total = 0;
+  for (int base = 0; base < p.args.requests; base += 32) total += cost(base + lane);
+  total = __reduce_add_sync(kFullWarp, total);
+
+  const int begin = static_cast<int>(static_cast<int64_t>(total) * warp / warps);
+  const int end = static_cast<int>(static_cast<int64_t>(total) * (warp + 1) / warps);
+  Share share;
+  share.count = end - begin;
+  if (share.count == 0) return share;
+
+  int before = 0;  // units of the requests before `base`
+  for (int base = 0;; base += 32) {
+    const int own = cost(base + lane);
+    int upto = own;
+#pragma unroll
+    for (int d = 1; d < 32; d <<= 1) {
+      const int other = __shfl_up_sync(kFullWarp, upto, d);
+      if (lane >= d) upto += other;
+    }
+    const unsigned beyond = __ballot_sync(kFullWarp, before + upto > begin);
+    if (beyond) {
+      const int found = __ffs(beyond) - 1;
+      Cursor& c = share.cursor;
+      c.index = base + found;
+      c.request = Request(p, c.index, block_rows);
+      int rest = begin - before - __shfl_sync(kFullWarp, upto - own, found);
+      c.unit = rest % c.request.units;
+      rest /= c.request.units;
+      c.row_block = rest % c.request.row_blocks;
+      c.head = rest / c.request.row_blocks;
+      return share;
+    }
+    before += __shfl_sync(kFullWarp, upto, 31);
+  }
+}
+
+}  // namespace oscar
