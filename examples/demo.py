@@ -108,7 +108,7 @@ def long_prompt(words: int) -> str:
 
 def ask_recall(client: openai.OpenAI) -> bool:
     """Several thousand tokens, then one question per fact; True if all answers are right."""
-    prompt = long_prompt(300)
+    prompt = long_prompt(400)
     table = Table(title="Recall from far back", title_justify="left")
     for header in ("asked", "prompt tokens", "answer", "expected", ""):
         table.add_column(header)
@@ -126,7 +126,7 @@ def ask_recall(client: openai.OpenAI) -> bool:
 
 def converse(client: openai.OpenAI) -> None:
     """A completion and a streamed chat."""
-    prompt = "def read_json(path):\n    "
+    prompt = "class Point:\n    def __init__(self, x, y):\n        self.x ="
     reply = client.completions.create(model="demo", prompt=prompt, max_tokens=48, temperature=0)
     console.print(Panel(prompt + reply.choices[0].text, title="completion", title_align="left"))
     message = "import os\nimport sys\n\nclass Config:\n    def __init__(self"
