@@ -10,6 +10,7 @@ falls back to Triton (GPU) or to the PyTorch reference (CPU) and says so once.
 """
 
 import os
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -21,16 +22,32 @@ ROOT = Path(__file__).parent.resolve()
 CHOICE = os.environ.get("OSCAR_NATIVE", "auto")
 
 
+# Extra flags of the x86 translation units; all others are compiled for the baseline machine.
+X86_FLAGS = {
+    "kernels_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "kernels_avx512": [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"),
+        *("-mprefer-vector-width=512", "-Wno-maybe-uninitialized", "-Wno-uninitialized"),  # GCC bug 105593
+    ],
+}
+
+
 def cpu_commands(build: Path, output: Path) -> list[list[str]]:
-    """Compile every csrc/cpu/*.cpp for its instruction set and link one library."""
+    """Compile every csrc/cpu/*.cpp for its instruction set and link one library.
+
+    ``OSCAR_CPU_CXXFLAGS`` is added to every command, e.g. for a sanitizer build.
+    """
     compiler = os.environ.get("CXX", "g++")
-    common = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", f"-I{ROOT / 'csrc' / 'cpu'}"]
+    extra = os.environ.get("OSCAR_CPU_CXXFLAGS", "").split()
+    common = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+    flags = X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else {}
     commands, objects = [], []
     for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
         target = build / (source.stem + ".o")
-        commands.append([compiler, *common, "-c", str(source), "-o", str(target)])
+        isa = flags.get(source.stem, [])
+        commands.append([compiler, *common, *isa, *extra, "-c", str(source), "-o", str(target)])
         objects.append(str(target))
-    return [*commands, [compiler, "-shared", "-fopenmp", *objects, "-o", str(output)]]
+    return [*commands, [compiler, "-shared", "-fopenmp", *extra, *objects, "-o", str(output)]]
 
 
 def cuda_commands(build: Path, output: Path) -> list[list[str]]:
@@ -71,6 +88,11 @@ class BuildNative(build_ext):
             if wanted:
                 raise SystemExit(f"building the {kind} library failed: {error}") from error
             self.announce(f"vllm-oscar: building the {kind} library failed, continuing without it", level=3)
+
+    def copy_extensions_to_source(self) -> None:
+        for ext in self.extensions:  # setuptools does not make the folder
+            (ROOT / Path(*ext.name.split(".")[:-1])).mkdir(exist_ok=True)
+        super().copy_extensions_to_source()
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"

@@ -1,0 +1,312 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of a whole step: work items, threads, and the merge of partial results.
+//
+// How work is split depends on the shapes alone, never on the number of threads, and each
+// item is computed by one thread: the result has the same bits for any number of threads.
+#pragma once
+
+#include "decode.h"
+#include "dense.h"
+
+namespace {
+
+constexpr int kSplitPages = 16;   // pages of one decode item
+constexpr int kDecodeRows = 32;   // rows of a KV head up to which pages are read as integers
+constexpr int kDenseRows = 128;   // rows of one item otherwise
+
+thread_local Scratch thread_scratch;
+
+// Rows `row0 ..` of one KV head of one request: row = token * query heads per KV head + head.
+struct Item {
+  int32_t request, head, row0, rows;
+  int32_t page0, page1;  // pages it reads, as integers; none: ring and in-flight tokens
+  int32_t part, parts;   // its place among the partial results of these rows; parts 0: it does everything
+  int64_t partial;       // of the rows' first partial result
+};
+
+struct Request {
+  int begin, tokens, context, ring_start, pages;
+  Request(const OscarArgs& a, int r)
+      : begin(a.query_start_loc[r]), tokens(a.query_start_loc[r + 1] - begin), context(a.seq_lens[r] - tokens),
+        ring_start(a.ring_start ? a.ring_start[r] : 0), pages((ring_start + kPage - 1) / kPage) {}
+};
+
+inline const void* offset(const void* base, int64_t elements, int dtype) {
+  return static_cast<const char*>(base) + elements * item_bytes(dtype);
+}
+
+// Ring address of a position's key; its value follows.
+inline uint8_t* ring_token(const OscarArgs& a, int request, int position, int head) {
+  const int slot = position % (a.ring_tokens * a.ring_pages);
+  const int64_t page = a.ring_table[request * a.ring_table_row + slot / a.ring_tokens];
+  return a.ring + page * a.ring_stride + head * a.ring_head +
+         static_cast<int64_t>(slot % a.ring_tokens) * 2 * a.head_dim * item_bytes(a.dtype);
+}
+
+class Attention {
+ public:
+  explicit Attention(const OscarArgs& args) : a(args), s(args), group(args.query_heads / args.heads) {}
+
+  int32_t run() {
+    if (!plan()) return 1;
+    int failed = 0;
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1 && count_ > 1) reduction(| : failed)
+    {
+      // OpenMP wants every thread at every loop, so a thread without memory passes items by.
+      const bool ready = thread_scratch.reserve(scratch_bytes());
+      if (!ready) failed = 1;
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < count_; i++) {
+        thread_scratch.reserve(0);
+        if (!ready) failed = 1;
+        else if (items_[i].parts == 0) everything(items_[i]);
+        else if (items_[i].page1 > items_[i].page0) pages_as_integers(items_[i]);
+        else exact_part(items_[i]);
+      }
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < count_; i++) {
+        thread_scratch.reserve(0);
+        if (ready && items_[i].parts && items_[i].part == 0) merge(items_[i]);
+      }
+    }
+    free(items_);
+    free(partials_);
+    return failed;
+  }
+
+ private:
+  const OscarArgs& a;
+  const Shape s;
+  const int group;  // query heads per KV head
+  Item* items_ = nullptr;
+  float* partials_ = nullptr;
+  int64_t count_ = 0;
+  int max_rows_ = 0;
+
+  // A partial result: output [dim], maximum, total.
+  int partial_floats() const { return s.dim + 16; }
+
+  size_t scratch_bytes() const {
+    const auto pad = Scratch::padded;
+    const int rows = max_rows_;
+    return decode_bytes(s, kMaxRows) + dense_bytes(s, rows) + 3 * pad(4 * rows * s.dim) + pad(64 * 4 * s.words);
+  }
+
+  template <class Emit>
+  void enumerate(Emit emit) const {
+    int64_t partial = 0;
+    for (int r = 0; r < a.requests; r++) {
+      const Request q(a, r);
+      const int rows = q.tokens * group;
+      if (rows <= 0) continue;
+      const bool integers = rows <= kDecodeRows && q.pages > 0;
+      const int limit = integers ? kMaxRows : max_of(1, kDenseRows / group) * group;
+      const int tiles = (rows + limit - 1) / limit;
+      const int tile = integers ? (rows + tiles - 1) / tiles : limit;
+      const int splits = (q.pages + kSplitPages - 1) / kSplitPages;
+      for (int head = 0; head < a.heads; head++)
+        for (int row0 = 0; row0 < rows; row0 += tile) {
+          Item item = {r, head, row0, min_of(tile, rows - row0), 0, 0, 0, 0, partial};
+          if (!integers) {
+            emit(item);
+            continue;
+          }
+          item.parts = splits + 1;
+          for (int split = 0; split < splits; split++) {
+            item.part = split;
+            item.page0 = split * kSplitPages;
+            item.page1 = min_of(q.pages, item.page0 + kSplitPages);
+            emit(item);
+          }
+          item.part = splits;
+          item.page0 = item.page1 = 0;
+          emit(item);
+          partial += static_cast<int64_t>(item.rows) * item.parts * partial_floats();
+        }
+    }
+  }
+
+  bool plan() {
+    int64_t floats = 0;
+    enumerate([&](const Item& item) {
+      count_++;
+      max_rows_ = max_of(max_rows_, item.rows);
+      if (item.parts)
+        floats = max_of(floats, item.partial + static_cast<int64_t>(item.rows) * item.parts * partial_floats());
+    });
+    items_ = static_cast<Item*>(malloc(sizeof(Item) * (count_ + 1)));
+    partials_ = static_cast<float*>(aligned_alloc(64, (floats * 4 + 64) / 64 * 64));
+    if (!items_ || !partials_) {
+      free(items_);
+      free(partials_);
+      return false;
+    }
+    int64_t next = 0;
+    enumerate([&](const Item& item) { items_[next++] = item; });
+    return true;
+  }
+
+  // Queries of an item, [row][dim], times the softmax scale.
+  void load_queries(const Item& item, const Request& q, float* out) const {
+    for (int row = 0; row < item.rows; row++) {
+      const int token = q.begin + (item.row0 + row) / group, head = item.head * group + (item.row0 + row) % group;
+      load_token(offset(a.query, token * a.query_token + head * a.query_head, a.dtype), a.dtype, s.dim,
+                 out + row * s.dim);
+      for (int i = 0; i < s.dim; i++) out[row * s.dim + i] *= a.scale;
+    }
+  }
+
+  const uint8_t* page(const Item& item, int index) const {
+    const int64_t block = a.block_table[item.request * a.block_table_row + index];
+    return a.pages + block * a.page_stride + item.head * a.page_head;
+  }
+
+  float* partial(const Item& item, int row, int part) const {
+    return partials_ + item.partial + (static_cast<int64_t>(row) * item.parts + part) * partial_floats();
+  }
+
+  void put_partial(const Item& item, const float* output, const float* maximum, const float* total) const {
+    for (int row = 0; row < item.rows; row++) {
+      float* p = partial(item, row, item.part);
+      memcpy(p, output + row * s.dim, 4 * s.dim);
+      p[s.dim] = maximum[row];
+      p[s.dim + 1] = total[row];
+    }
+  }
+
+  template <int BITS>
+  void decode_pages(const Item& item, const Request& q, const DecodeState& d) const {
+    for (int i = item.page0; i < item.page1; i++)
+      decode_page<BITS>(d, s, page(item, i), i == 0, min_of(kPage, q.ring_start - i * kPage));
+  }
+
+  void pages_as_integers(const Item& item) {
+    const Request q(a, item.request);
+    float* plain = thread_scratch.take<float>(item.rows * s.dim);
+    float* rotated = thread_scratch.take<float>(item.rows * s.dim);
+    DecodeState d = take_decode(thread_scratch, s, item.rows);
+    load_queries(item, q, plain);
+    multiply(plain, s.dim, a.hadamard, s.dim, rotated, s.dim, item.rows, s.dim, s.dim, false);
+    begin_decode(d, s, rotated);
+    if (a.key_bits == 2) decode_pages<2>(item, q, d);
+    else if (a.key_bits == 3) decode_pages<3>(item, q, d);
+    else decode_pages<4>(item, q, d);
+    end_decode(d, s, rotated);
+    put_partial(item, rotated, d.maximum, d.total);
+  }
+
+  // Ring and in-flight tokens that the rows of `item` may see.
+  void attend_exact(const Item& item, const Request& q, const DenseState& d, const float* query, float* keys,
+                    float* values) const {
+    const int held = q.context - q.ring_start;
+    const int end = held + (item.row0 + item.rows - 1) / group + 1;
+    for (int begin = 0; begin < end; begin += kTile) {
+      const int count = min_of(kTile, end - begin);
+      const void *key[kTile], *value[kTile];
+      for (int i = 0; i < count; i++) {
+        const int index = begin + i;
+        if (index < held) {
+          key[i] = ring_token(a, item.request, q.ring_start + index, item.head);
+          value[i] = offset(key[i], s.dim, a.dtype);
+        } else {
+          const int64_t token = q.begin + index - held;
+          key[i] = offset(a.key, token * a.key_token + item.head * a.key_head, a.dtype);
+          value[i] = offset(a.value, token * a.value_token + item.head * a.value_head, a.dtype);
+        }
+      }
+      stage_keys(key, count, a.dtype, s.dim, keys);
+      stage_values(value, count, a.dtype, s.dim, values);
+      dense_tile(d, s, query, keys, values, count,
+                 [&](int row) { return min_of(count, held + (item.row0 + row) / group + 1 - begin); });
+    }
+  }
+
+  void exact_part(const Item& item) {
+    const Request q(a, item.request);
+    float* query = thread_scratch.take<float>(item.rows * s.dim);
+    float* keys = thread_scratch.take<float>(kTile * s.dim);
+    float* values = thread_scratch.take<float>(kTile * s.dim);
+    DenseState d = take_dense(thread_scratch, s, item.rows);
+    begin_dense(d, s);
+    load_queries(item, q, query);
+    attend_exact(item, q, d, query, keys, values);
+    put_partial(item, d.output, d.maximum, d.total);
+  }
+
+  template <int BITS>
+  void dense_pages(const Item& item, const Request& q, const DenseState& d, const float* query, float* keys,
+                   float* values) const {
+    I* planes = thread_scratch.take<I>(4 * s.words);
+    for (int i = 0; i < q.pages; i++) {
+      const int count = min_of(kPage, q.ring_start - i * kPage);
+      dequantize_page<BITS>(page(item, i), s, i == 0, count, planes, keys, values);
+      dense_tile(d, s, query, keys, values, count, [&](int) { return count; });
+    }
+  }
+
+  // Many rows: dequantize each page once for all of them.
+  void everything(const Item& item) {
+    const Request q(a, item.request);
+    float* query = thread_scratch.take<float>(item.rows * s.dim);
+    float* other = thread_scratch.take<float>(item.rows * s.dim);
+    float* keys = thread_scratch.take<float>(kTile * s.dim);
+    float* values = thread_scratch.take<float>(kTile * s.dim);
+    DenseState d = take_dense(thread_scratch, s, item.rows);
+    begin_dense(d, s);
+    load_queries(item, q, query);
+    if (q.pages) {
+      multiply(query, s.dim, a.hadamard, s.dim, other, s.dim, item.rows, s.dim, s.dim, false);
+      if (a.key_bits == 2) dense_pages<2>(item, q, d, other, keys, values);
+      else if (a.key_bits == 3) dense_pages<3>(item, q, d, other, keys, values);
+      else dense_pages<4>(item, q, d, other, keys, values);
+      multiply(d.output, s.dim, a.hadamard_t, s.dim, other, s.dim, item.rows, s.dim, s.dim, false);
+      memcpy(d.output, other, 4 * item.rows * s.dim);
+    }
+    attend_exact(item, q, d, query, keys, values);
+    for (int row = 0; row < item.rows; row++) finish(item, row, d.output + row * s.dim, d.total[row]);
+  }
+
+  void finish(const Item& item, int row, float* output, float total) const {
+    const float inverse = 1.0f / total;
+    for (int i = 0; i < s.dim; i++) output[i] *= inverse;
+    const int token = Request(a, item.request).begin + (item.row0 + row) / group;
+    const int head = item.head * group + (item.row0 + row) % group;
+    store_token(output, a.dtype, s.dim,
+                static_cast<char*>(a.out) + (token * a.out_token + head * a.out_head) * item_bytes(a.dtype));
+  }
+
+  // All parts but the last are in the rotated space.
+  void merge(const Item& item) {
+    float* rotated = thread_scratch.take<float>(item.rows * s.dim);
+    float* plain = thread_scratch.take<float>(item.rows * s.dim);
+    float* totals = thread_scratch.take<float>(item.rows);
+    float* last_weight = thread_scratch.take<float>(item.rows);
+    memset(rotated, 0, 4 * item.rows * s.dim);
+    const int last = item.parts - 1;
+    for (int row = 0; row < item.rows; row++) {
+      float top = -__builtin_inff();
+      for (int part = 0; part <= last; part++) {
+        const float m = partial(item, row, part)[s.dim];
+        top = m > top ? m : top;
+      }
+      float total = 0, *out = rotated + row * s.dim;
+      for (int part = 0; part <= last; part++) {
+        const float* p = partial(item, row, part);
+        float lanes[kLanes];
+        store(lanes, exp_nonpositive(set_f(p[s.dim]) - set_f(top)));
+        total += lanes[0] * p[s.dim + 1];
+        if (part == last) last_weight[row] = lanes[0];
+        else for (int i = 0; i < s.dim; i++) out[i] += lanes[0] * p[i];
+      }
+      totals[row] = total;
+    }
+    multiply(rotated, s.dim, a.hadamard_t, s.dim, plain, s.dim, item.rows, s.dim, s.dim, false);
+    for (int row = 0; row < item.rows; row++) {
+      const float* p = partial(item, row, last);
+      for (int i = 0; i < s.dim; i++) plain[row * s.dim + i] += last_weight[row] * p[i];
+      finish(item, row, plain + row * s.dim, totals[row]);
+    }
+  }
+};
+
+}  // namespace

@@ -1,0 +1,467 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sixteen 32-bit lanes on any machine.
+//
+// I and F are one AVX-512 register, two AVX2 registers or four 128-bit registers. Plain
+// arithmetic is the compiler's vector extension; only what that cannot express has
+// branches per instruction set. Everything here, and in the headers that build on it,
+// has internal linkage: each kernels_*.cpp compiles them with other -m flags, and the
+// linker must never merge functions across instruction sets.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+constexpr int kLanes = 16;
+constexpr int kParts = 64 / kVectorBytes;
+constexpr int kPartLanes = kLanes / kParts;
+
+typedef int32_t NativeI __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t NativeU __attribute__((vector_size(kVectorBytes)));
+typedef float NativeF __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t Native16 __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint8_t Native8 __attribute__((vector_size(kVectorBytes / 4)));
+
+#define OSCAR_INLINE inline __attribute__((always_inline))
+#define OSCAR_EACH _Pragma("GCC unroll 4") for (int k = 0; k < kParts; k++)
+
+struct I {
+  NativeI v[kParts];
+};
+struct F {
+  NativeF v[kParts];
+};
+
+template <class T>
+OSCAR_INLINE T min_of(T a, T b) { return a < b ? a : b; }
+template <class T>
+OSCAR_INLINE T max_of(T a, T b) { return a > b ? a : b; }
+
+// ---- memory, constants ---------------------------------------------------------------
+OSCAR_INLINE I load_i(const void* p) {
+  I r;
+  OSCAR_EACH memcpy(&r.v[k], static_cast<const char*>(p) + k * kVectorBytes, kVectorBytes);
+  return r;
+}
+OSCAR_INLINE F load_f(const void* p) {
+  F r;
+  OSCAR_EACH memcpy(&r.v[k], static_cast<const char*>(p) + k * kVectorBytes, kVectorBytes);
+  return r;
+}
+OSCAR_INLINE void store(void* p, I a) {
+  OSCAR_EACH memcpy(static_cast<char*>(p) + k * kVectorBytes, &a.v[k], kVectorBytes);
+}
+OSCAR_INLINE void store(void* p, F a) {
+  OSCAR_EACH memcpy(static_cast<char*>(p) + k * kVectorBytes, &a.v[k], kVectorBytes);
+}
+OSCAR_INLINE I set_i(int32_t x) {
+  I r;
+  OSCAR_EACH r.v[k] = x - NativeI{};
+  return r;
+}
+OSCAR_INLINE F set_f(float x) {
+  F r;
+  OSCAR_EACH r.v[k] = x - NativeF{};
+  return r;
+}
+OSCAR_INLINE F zero_f() {
+  F r;
+  OSCAR_EACH r.v[k] = NativeF{};
+  return r;
+}
+OSCAR_INLINE I zero_i() {
+  I r;
+  OSCAR_EACH r.v[k] = NativeI{};
+  return r;
+}
+// 0 1 2 ... 15
+OSCAR_INLINE I lane_index() {
+  const int32_t index[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return load_i(index);
+}
+
+// ---- arithmetic ------------------------------------------------------------------------
+#define OSCAR_BINARY(T, op)            \
+  OSCAR_INLINE T operator op(T a, T b) { \
+    OSCAR_EACH a.v[k] = a.v[k] op b.v[k]; \
+    return a;                          \
+  }
+OSCAR_BINARY(F, +)
+OSCAR_BINARY(F, -)
+OSCAR_BINARY(F, *)
+OSCAR_BINARY(F, /)
+OSCAR_BINARY(I, +)
+OSCAR_BINARY(I, -)
+OSCAR_BINARY(I, &)
+OSCAR_BINARY(I, |)
+#undef OSCAR_BINARY
+
+// Logical shifts.
+template <int BY>
+OSCAR_INLINE I shift_right(I a) {
+  OSCAR_EACH a.v[k] = (NativeI)((NativeU)a.v[k] >> BY);
+  return a;
+}
+template <int BY>
+OSCAR_INLINE I shift_left(I a) {
+  OSCAR_EACH a.v[k] = (NativeI)((NativeU)a.v[k] << BY);
+  return a;
+}
+OSCAR_INLINE F fma(F a, F b, F c) {
+#if defined(__AVX512F__)
+  c.v[0] = (NativeF)_mm512_fmadd_ps((__m512)a.v[0], (__m512)b.v[0], (__m512)c.v[0]);
+#elif defined(__FMA__)
+  OSCAR_EACH c.v[k] = (NativeF)_mm256_fmadd_ps((__m256)a.v[k], (__m256)b.v[k], (__m256)c.v[k]);
+#else
+  OSCAR_EACH c.v[k] = a.v[k] * b.v[k] + c.v[k];  // contracted where the machine can
+#endif
+  return c;
+}
+// Of a NaN and a number, `a` decides: max(number, NaN) is NaN, max(NaN, number) the number.
+OSCAR_INLINE F max(F a, F b) {
+  OSCAR_EACH a.v[k] = a.v[k] > b.v[k] ? a.v[k] : b.v[k];
+  return a;
+}
+OSCAR_INLINE F min(F a, F b) {
+  OSCAR_EACH a.v[k] = a.v[k] < b.v[k] ? a.v[k] : b.v[k];
+  return a;
+}
+OSCAR_INLINE I bits(F a) {
+  I r;
+  OSCAR_EACH r.v[k] = (NativeI)a.v[k];
+  return r;
+}
+OSCAR_INLINE F as_float(I a) {
+  F r;
+  OSCAR_EACH r.v[k] = (NativeF)a.v[k];
+  return r;
+}
+OSCAR_INLINE F abs(F a) { return as_float(bits(a) & set_i(0x7fffffff)); }
+OSCAR_INLINE F to_float(I a) {
+  F r;
+  OSCAR_EACH r.v[k] = __builtin_convertvector(a.v[k], NativeF);
+  return r;
+}
+OSCAR_INLINE I to_int(F a) {  // toward zero
+  I r;
+  OSCAR_EACH r.v[k] = __builtin_convertvector(a.v[k], NativeI);
+  return r;
+}
+// Nearest integer, ties to even, for |a| < 2^22.
+OSCAR_INLINE F round_even(F a) {
+  const F magic = set_f(12582912.0f);
+  return (a + magic) - magic;
+}
+OSCAR_INLINE I round_to_int(F a) {
+  const F magic = set_f(12582912.0f);
+  return bits(a + magic) - bits(magic);
+}
+
+// ---- selection: masks are all ones or all zeros per lane ----------------------------------
+OSCAR_INLINE I less(I a, I b) {
+  OSCAR_EACH a.v[k] = a.v[k] < b.v[k];
+  return a;
+}
+OSCAR_INLINE I greater(F a, F b) {
+  I r;
+  OSCAR_EACH r.v[k] = a.v[k] > b.v[k];
+  return r;
+}
+OSCAR_INLINE I ordered(F a) {
+  I r;
+  OSCAR_EACH r.v[k] = a.v[k] == a.v[k];
+  return r;
+}
+OSCAR_INLINE F select(I mask, F yes, F no) {
+  OSCAR_EACH yes.v[k] = mask.v[k] ? yes.v[k] : no.v[k];
+  return yes;
+}
+OSCAR_INLINE I select(I mask, I yes, I no) {
+  OSCAR_EACH yes.v[k] = mask.v[k] ? yes.v[k] : no.v[k];
+  return yes;
+}
+// (a where the mask's bits are set) | (b elsewhere)
+OSCAR_INLINE I merge_bits(I mask, I a, I b) {
+#if defined(__AVX512F__)
+  a.v[0] = (NativeI)_mm512_ternarylogic_epi32((__m512i)mask.v[0], (__m512i)a.v[0], (__m512i)b.v[0], 0xca);
+  return a;
+#else
+  OSCAR_EACH a.v[k] = (mask.v[k] & a.v[k]) | (~mask.v[k] & b.v[k]);
+  return a;
+#endif
+}
+
+// ---- integer dot products ------------------------------------------------------------------
+// acc + a.lo * b.lo + a.hi * b.hi of the signed 16-bit halves of each lane.
+OSCAR_INLINE I dot16(I acc, I a, I b) {
+#if defined(__AVX512VNNI__)
+  acc.v[0] = (NativeI)_mm512_dpwssd_epi32((__m512i)acc.v[0], (__m512i)a.v[0], (__m512i)b.v[0]);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  OSCAR_EACH acc.v[k] += (NativeI)_mm256_madd_epi16((__m256i)a.v[k], (__m256i)b.v[k]);
+#else
+  OSCAR_EACH {
+    const NativeI low = ((a.v[k] << 16) >> 16) * ((b.v[k] << 16) >> 16);
+    acc.v[k] += low + (a.v[k] >> 16) * (b.v[k] >> 16);
+  }
+#endif
+  return acc;
+}
+// Lanes 0, 2, 4, ... hold p[0], lanes 1, 3, 5, ... p[1].
+OSCAR_INLINE I broadcast_pair(const int32_t* p) {
+  I r;
+  int64_t both;
+  memcpy(&both, p, 8);
+  typedef int64_t Native64 __attribute__((vector_size(kVectorBytes)));
+  OSCAR_EACH r.v[k] = (NativeI)(both - Native64{});
+  return r;
+}
+// Lanes 0, 2, 4, ... of a then of b; lanes 1, 3, 5, ... of a then of b.
+template <class V>
+OSCAR_INLINE void deinterleave(V a, V b, V& even, V& odd) {
+#if defined(__AVX512F__)
+  const __m512i index = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i next = _mm512_add_epi32(index, _mm512_set1_epi32(1));
+  const __m512i x = (__m512i)a.v[0], y = (__m512i)b.v[0];
+  even.v[0] = (decltype(even.v[0] + even.v[0]))_mm512_permutex2var_epi32(x, index, y);
+  odd.v[0] = (decltype(odd.v[0] + odd.v[0]))_mm512_permutex2var_epi32(x, next, y);
+#else
+  int32_t from[32], to[2][16];
+  store(from, a);
+  store(from + 16, b);
+  for (int i = 0; i < 16; i++) to[0][i] = from[2 * i], to[1][i] = from[2 * i + 1];
+  memcpy(&even, to[0], 64);
+  memcpy(&odd, to[1], 64);
+#endif
+}
+// a[0] b[0] a[1] b[1] ..., 32 words.
+OSCAR_INLINE void store_interleaved(int32_t* p, I a, I b) {
+#if defined(__AVX512F__)
+  const __m512i index = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i next = _mm512_add_epi32(index, _mm512_set1_epi32(8));
+  const __m512i x = (__m512i)a.v[0], y = (__m512i)b.v[0];
+  _mm512_storeu_si512(p, _mm512_permutex2var_epi32(x, index, y));
+  _mm512_storeu_si512(p + 16, _mm512_permutex2var_epi32(x, next, y));
+#else
+  int32_t x[16], y[16];
+  store(x, a);
+  store(y, b);
+  for (int i = 0; i < 16; i++) p[2 * i] = x[i], p[2 * i + 1] = y[i];
+#endif
+}
+// 4 * width words, lane 4t + i from p[t * width + i], zero in the lanes without one.
+OSCAR_INLINE I load_row(const uint8_t* p, int width) {
+  if (width == 4) return load_i(p);
+#if defined(__AVX512F__)
+  const __mmask16 mask = width == 1 ? 0x1111 : width == 2 ? 0x3333 : 0x7777;
+  I r;
+  r.v[0] = (NativeI)_mm512_maskz_expandloadu_epi32(mask, p);
+  return r;
+#else
+  int32_t lanes[kLanes] = {};
+  for (int t = 0; t < 4; t++) memcpy(lanes + 4 * t, p + 4 * t * width, 4 * width);
+  return load_i(lanes);
+#endif
+}
+// Lanes 4t .. 4t+3 hold p[t].
+OSCAR_INLINE I repeat_each_4(const int32_t* p) {
+#if defined(__AVX512F__)
+  const __m512i index = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  const __m512i four = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  I r;
+  r.v[0] = (NativeI)_mm512_permutexvar_epi32(index, four);
+  return r;
+#else
+  int32_t lanes[kLanes];
+  for (int i = 0; i < kLanes; i++) lanes[i] = p[i >> 2];
+  return load_i(lanes);
+#endif
+}
+
+// ---- 16-bit and 8-bit floats ------------------------------------------------------------------
+OSCAR_INLINE I widen_u16(const uint16_t* p) {
+  I r;
+  OSCAR_EACH {
+    Native16 half;
+    memcpy(&half, p + k * kPartLanes, sizeof half);
+    r.v[k] = (NativeI)__builtin_convertvector(half, NativeU);
+  }
+  return r;
+}
+OSCAR_INLINE I widen_u8(const uint8_t* p) {
+  I r;
+  OSCAR_EACH {
+    Native8 quarter;
+    memcpy(&quarter, p + k * kPartLanes, sizeof quarter);
+    r.v[k] = (NativeI)__builtin_convertvector(quarter, NativeU);
+  }
+  return r;
+}
+OSCAR_INLINE void narrow_u16(uint16_t* p, I a) {
+  OSCAR_EACH {
+    const Native16 half = __builtin_convertvector((NativeU)a.v[k], Native16);
+    memcpy(p + k * kPartLanes, &half, sizeof half);
+  }
+}
+OSCAR_INLINE F load_bf16(const uint16_t* p) { return as_float(shift_left<16>(widen_u16(p))); }
+
+OSCAR_INLINE F load_fp16(const uint16_t* p) {
+#if defined(__AVX512F__)
+  F r;
+  r.v[0] = (NativeF)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return r;
+#elif defined(__F16C__)
+  F r;
+  OSCAR_EACH r.v[k] = (NativeF)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + k));
+  return r;
+#else
+  const I h = widen_u16(p);
+  const I magnitude = shift_left<13>(h & set_i(0x7fff));
+  const F normal = as_float(magnitude + set_i(112 << 23));
+  const F special = as_float(magnitude | set_i(255 << 23));
+  const F subnormal = as_float(magnitude + set_i(113 << 23)) - set_f(6.103515625e-05f);
+  const F positive = select(less(magnitude, set_i(1 << 23)), subnormal,
+                            select(less(magnitude, set_i(31 << 23)), normal, special));
+  return as_float(bits(positive) | shift_left<16>(h & set_i(0x8000)));
+#endif
+}
+// float8_e4m3fn; its NaN reads as NaN.
+OSCAR_INLINE F load_e4m3(const uint8_t* p) {
+  const I h = widen_u8(p);
+  const I seven = h & set_i(0x7f);
+  const I magnitude = shift_left<20>(seven);
+  const F normal = as_float(magnitude + set_i(120 << 23));
+  const F subnormal = as_float(magnitude + set_i(121 << 23)) - set_f(0.015625f);
+  F positive = select(less(seven, set_i(8)), subnormal, normal);
+  positive = select(less(seven, set_i(0x7f)), positive, as_float(set_i(0x7fc00000)));
+  return as_float(bits(positive) | shift_left<24>(h & set_i(0x80)));
+}
+
+// Sixteen lanes to bf16 or fp16, ties to even, as scalars do.
+inline uint16_t to_bf16(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  if ((u & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>((u >> 16) | 0x40);
+  return static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+inline uint16_t to_fp16(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  const uint32_t sign = (u >> 16) & 0x8000;
+  u &= 0x7fffffff;
+  if (u > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
+  if (u >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // rounds to infinity
+  if (u < 0x38800000) {                                              // subnormal: let the adder round
+    float f;
+    memcpy(&f, &u, 4);
+    f += 0.5f;
+    memcpy(&u, &f, 4);
+    return static_cast<uint16_t>(sign | (u - 0x3f000000));
+  }
+  u += 0xfff + ((u >> 13) & 1);
+  return static_cast<uint16_t>(sign | ((u - 0x38000000) >> 13));
+}
+inline float from_fp16(uint16_t h) {
+  uint32_t u = static_cast<uint32_t>(h & 0x7fff) << 13;
+  if (u >= 31u << 23) u |= 255u << 23;
+  else if (u >= 1u << 23) u += 112u << 23;
+  else {
+    u += 113u << 23;
+    float f;
+    memcpy(&f, &u, 4);
+    f -= 6.103515625e-05f;
+    memcpy(&u, &f, 4);
+  }
+  u |= static_cast<uint32_t>(h & 0x8000) << 16;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+
+// ---- across lanes ----------------------------------------------------------------------------
+OSCAR_INLINE float sum(F a) {
+  float lanes[kLanes];
+  store(lanes, a);
+  for (int width = 8; width; width >>= 1)
+    for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+OSCAR_INLINE float largest(F a) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)a.v[0]);
+#else
+  float lanes[kLanes];
+  store(lanes, a);
+  for (int width = 8; width; width >>= 1)
+    for (int i = 0; i < width; i++) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+  return lanes[0];
+#endif
+}
+
+// rows[i][j] becomes rows[j][i].
+OSCAR_INLINE void transpose16(I rows[16]) {
+#if defined(__AVX512F__)
+  __m512i a[16], b[16];
+  _Pragma("GCC unroll 16") for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_epi32((__m512i)rows[i].v[0], (__m512i)rows[i + 1].v[0]);
+    a[i + 1] = _mm512_unpackhi_epi32((__m512i)rows[i].v[0], (__m512i)rows[i + 1].v[0]);
+  }
+  _Pragma("GCC unroll 16") for (int i = 0; i < 16; i += 4) {
+    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+  _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
+    a[i] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88);
+    a[i + 4] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
+    a[i + 8] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88);
+    a[i + 12] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
+  }
+  _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
+    rows[i].v[0] = (NativeI)_mm512_shuffle_i32x4(a[i], a[i + 8], 0x88);
+    rows[i + 8].v[0] = (NativeI)_mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd);
+    rows[i + 4].v[0] = (NativeI)_mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0x88);
+    rows[i + 12].v[0] = (NativeI)_mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0xdd);
+  }
+#else
+  int32_t from[16][16], to[16][16];
+  for (int i = 0; i < 16; i++) store(from[i], rows[i]);
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < 16; j++) to[j][i] = from[i][j];
+  for (int i = 0; i < 16; i++) rows[i] = load_i(to[i]);
+#endif
+}
+
+// e^x for x <= 0, relative error below 2e-7; 0 below -87, NaN stays NaN.
+OSCAR_INLINE F exp_nonpositive(F x) {
+  const F log2e = set_f(1.44269504088896341f);
+  const F n = round_even(max(set_f(-126.0f), x * log2e));
+  F r = fma(n, set_f(-0.693359375f), x);
+  r = fma(n, set_f(2.12194440e-4f), r);
+  F p = set_f(1.9875691500e-4f);
+  p = fma(p, r, set_f(1.3981999507e-3f));
+  p = fma(p, r, set_f(8.3334519073e-3f));
+  p = fma(p, r, set_f(4.1665795894e-2f));
+  p = fma(p, r, set_f(1.6666665459e-1f));
+  p = fma(p, r, set_f(5.0000001201e-1f));
+  p = fma(p, r * r, r) + set_f(1.0f);
+  const F power = as_float(shift_left<23>(to_int(n) + set_i(127)));
+  const F small = set_f(-87.0f);
+  return select(greater(small, x), zero_f(), p * power);
+}
+
+}  // namespace
