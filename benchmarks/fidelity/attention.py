@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention with decode-time numerics inside a transformers model.
+
+At decode time a query at position ``i`` reads from the cache every full 128-token block
+before its own block, and only the rest exactly. A teacher-forced forward pass through
+this attention gives each query just that view, so one pass over a document measures what
+decoding it token by token would give. Every layer also feeds on the quantized layers
+below it, as in decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from vllm_oscar.config import PAGE_TOKENS
+
+from .methods import Method
+
+NAME = "fidelity"
+
+
+@dataclass
+class _State:
+    """What the patched attention does now; one per process, set by the context managers."""
+
+    method: Method | None = None
+    probe: Callable | None = None  # called as probe(layer, query, key, value, scaling)
+    blocks: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # per layer, dequantized
+
+
+_state = _State()
+
+
+@contextmanager
+def quantized(method: Method | None):
+    """Inside, models attend over caches of ``method``; None is exact."""
+    global _state
+    before, _state = _state, _State(method=method)
+    try:
+        yield
+    finally:
+        _state = before
+
+
+@contextmanager
+def probed(probe: Callable):
+    """Inside, models attend exactly and ``probe`` sees every layer's query, key and value."""
+    global _state
+    before, _state = _state, _State(probe=probe)
+    try:
+        yield
+    finally:
+        _state = before
+
+
+def quantize_history(method: Method, key: torch.Tensor, value: torch.Tensor, begin: int = 0):
+    """What the cache gives back for the full blocks of ``[B, H, T, D]``, from block ``begin`` on.
+
+    Returns float tensors ``[B, H, 128 * blocks, D]``.
+    """
+    batch, heads, tokens, dim = key.shape
+    rows = slice(begin * PAGE_TOKENS, tokens // PAGE_TOKENS * PAGE_TOKENS)
+    count = tokens // PAGE_TOKENS - begin
+    if count <= 0:
+        return key[:, :, :0], value[:, :, :0]
+
+    def blocks(x):  # [B * count, 128, H, D]
+        return x[:, :, rows].transpose(1, 2).reshape(batch * count, PAGE_TOKENS, heads, dim)
+
+    first = (torch.arange(count, device=key.device) + begin == 0).repeat(batch)
+    out = method.quantize(blocks(key), blocks(value), first)
+    return tuple(
+        x.to(key.dtype).reshape(batch, count * PAGE_TOKENS, heads, dim).transpose(1, 2).contiguous() for x in out
+    )
+
+
+def attention_rows(query, key, value, old_key, old_value, method: Method | None, scaling: float, start: int):
+    """Attention of query rows that lie in one block, with the weights.
+
+    Args:
+        query: ``[B, Hq, Q, D]`` at positions ``start .. start + Q - 1``.
+        key, value: exact, ``[B, H, T, D]``; old_key, old_value: from the cache, full blocks.
+
+    Returns:
+        output ``[B, Hq, Q, D]``, weights ``[B, Hq, Q, start + Q]``.
+    """
+    batch, q_heads, rows, dim = query.shape
+    heads, end = key.shape[1], start + rows
+    block = start // PAGE_TOKENS * PAGE_TOKENS  # tokens in the blocks before the queries' own
+    query = query.reshape(batch, heads, -1, dim)  # query heads of one KV head side by side
+    position = torch.arange(start, end, device=query.device)[:, None]
+    column = torch.arange(end, device=query.device)[None]
+
+    def by_row(mask):  # [Q, n] to the row order of query
+        return mask.repeat(q_heads // heads, 1)
+
+    mixed = 0  # columns mixed..block are quantized for some rows and exact for others
+    if method is None:
+        scores = query @ key[:, :, :end].transpose(2, 3)
+    else:
+        reach = max(method.key_window, method.value_window)
+        mixed = max(0, block - -(-reach // PAGE_TOKENS) * PAGE_TOKENS)
+        scores = query @ torch.cat([old_key[:, :, :block], key[:, :, block:end]], 2).transpose(2, 3)
+        if method.key_window and mixed < block:
+            exact = query @ key[:, :, mixed:block].transpose(2, 3)
+            near = by_row(position - column[:, mixed:block] <= method.key_window)
+            scores[..., mixed:block] = torch.where(near, exact, scores[..., mixed:block])
+    scores = (scores * scaling).masked_fill(~by_row(column <= position), float("-inf"))
+    weights = scores.float().softmax(-1).to(value.dtype)
+    if method is None:
+        out = weights @ value[:, :, :end]
+    else:
+        out = weights @ torch.cat([old_value[:, :, :block], value[:, :, block:end]], 2)
+        if method.value_window and mixed < block:
+            near = by_row(position - column[:, mixed:block] <= method.value_window)
+            change = value[:, :, mixed:block] - old_value[:, :, mixed:block]
+            out = out + (weights[..., mixed:block] * near) @ change
+    return out.reshape(batch, q_heads, rows, dim), weights.reshape(batch, q_heads, rows, end)
+
+
+def row_blocks(start: int, end: int):
+    """Ranges of query positions that do not cross a block boundary."""
+    while start < end:
+        stop = min(end, (start // PAGE_TOKENS + 1) * PAGE_TOKENS)
+        yield start, stop
+        start = stop
+
+
+def attention(query, key, value, old, method: Method | None, scaling: float) -> torch.Tensor:
+    """Causal attention of the last ``Q`` positions: ``[B, Hq, Q, D]``."""
+    offset = key.shape[2] - query.shape[2]
+    return torch.cat(
+        [
+            attention_rows(query[:, :, a - offset : b - offset], key, value, *old, method, scaling, a)[0]
+            for a, b in row_blocks(offset, key.shape[2])
+        ],
+        2,
+    )
+
+
+def _forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """The transformers attention interface. Batches without padding, causal, full attention."""
+    window = kwargs.get("sliding_window")
+    if window is not None and key.shape[2] > window:
+        raise ValueError(f"layer {module.layer_idx} has a sliding window of {window} tokens; not supported")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if _state.probe is not None:
+        _state.probe(module.layer_idx, query, key, value, scaling)
+    method, old = _state.method, (None, None)
+    if method is not None:
+        # Blocks never change once full, so a sequence that grows quantizes each only once.
+        old = _state.blocks.get(module.layer_idx)
+        if query.shape[2] == key.shape[2] or old is None:
+            old = (key[:, :, :0], value[:, :, :0])
+        new = quantize_history(method, key, value, old[0].shape[2] // PAGE_TOKENS)
+        old = tuple(torch.cat(pair, 2) if pair[1].shape[2] else pair[0] for pair in zip(old, new, strict=True))
+        _state.blocks[module.layer_idx] = old
+    out = attention(query, key, value, old, method, scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def register() -> None:
+    """Make the attention known to transformers as ``attn_implementation="fidelity"``."""
+    ALL_ATTENTION_FUNCTIONS.register(NAME, _forward)

