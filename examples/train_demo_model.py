@@ -44,7 +44,6 @@ import json
 import math
 import os
 import random
-import shutil
 import sys
 import sysconfig
 import time
@@ -207,8 +206,8 @@ class Tasks:
 
     def training_sample(self, rng: random.Random, length: int) -> Piece:
         placed, used, budget = [], [], length // 3
-        tasks = round(math.exp(rng.uniform(0, math.log(max(2, length / 130)))))
-        for _ in range(tasks if rng.random() < 0.75 else 0):  # a quarter: text alone
+        mixed = rng.random() < 0.75  # the others are text alone
+        for _ in range(round(math.exp(rng.uniform(0, math.log(max(2, length / 130))))) if mixed else 0):
             states, ask = self.item(rng, rng.choices(FORMS, self.mix)[0], used)
             pieces = states + [ask() for _ in range(rng.choice((1, 1, 2)))]
             budget -= sum(len(tokens) for tokens, _ in pieces)
@@ -365,8 +364,8 @@ def measure(model: Model, tasks: Tasks, contexts: list[int], n: int, device: str
              for a, b in [*zip(edges, edges[1:], strict=False), (0, longest)]]
     out = f"Perplexity on held-out text, by position in the context: {'; '.join(spans)}.\n"
     for length in contexts:
-        out += (f"\nRecall at {length} tokens, by depth of the fact, {n} samples each: digits right / whole answers exact "
-                "under greedy generation, in percent.\n\n| form | " + " | ".join(f"{d:.0%}" for d in DEPTHS)
+        out += (f"\nRecall at {length} tokens, by depth of the fact, {n} samples each: digits right / whole answers "
+                "exact under greedy generation, in percent.\n\n| form | " + " | ".join(f"{d:.0%}" for d in DEPTHS)
                 + " | mean |\n|---|" + "---|" * (len(DEPTHS) + 1) + "\n")
         for form in FORMS:
             row = []
@@ -393,17 +392,17 @@ pipeline_tag: text-generation
 # {name}
 
 A {layout} model of {parameters:.1f} million parameters: {config[num_hidden_layers]} layers, hidden size \
-{config[hidden_size]}, {config[num_attention_heads]} query heads on {config[num_key_value_heads]} KV heads of dimension \
-{config[head_dim]}, tied embeddings, {config[vocab_size]:,}-token byte-level BPE with single digits, context \
-{config[max_position_embeddings]:,}. Made by `train_demo_model.py`, which describes the recall tasks, to try out and test \
-KV caches: it writes plausible code and recalls facts from anywhere in its context. It is no assistant.
+{config[hidden_size]}, {config[num_attention_heads]} query heads on {config[num_key_value_heads]} KV heads of \
+dimension {config[head_dim]}, tied embeddings, {config[vocab_size]:,}-token byte-level BPE with single digits, context \
+{config[max_position_embeddings]:,}. Made by `train_demo_model.py`, which describes the recall tasks, to try out and \
+test KV caches: it writes plausible code and recalls facts from anywhere in its context. It is no assistant.
 
 `<|bos|>` starts every sequence. The chat template is `<|bos|>` and the messages' contents, nothing else.
 
 ## Training
 
-{origin}: {steps:,} steps, {tokens:.0f} million tokens, {minutes:.1f} minutes of wall-clock time on {device}; peak learning \
-rate {lr:g} with a cosine schedule, AdamW. The data: source code and documentation of a Python installation \
+{origin}: {steps:,} steps, {tokens:.0f} million tokens, {minutes:.1f} minutes of wall-clock time on {device}; peak \
+learning rate {lr:g} with a cosine schedule, AdamW. The data: source code and documentation of a Python installation \
 ({train:.0f} million tokens, {epochs:.1f} passes; files held out by their hash) and generated recall tasks.
 
 ## Measured
@@ -415,7 +414,7 @@ def export(model: Model, out: Path, tokenizer_dir: Path, facts: dict, measured: 
     weights = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in model.named_parameters()}
     save_file(weights, out / "model.safetensors", {"format": "pt"})
     (out / "config.json").write_text(json.dumps(model.config, indent=1) + "\n")
-    shutil.copyfile(tokenizer_dir / "tokenizer.json", out / "tokenizer.json")
+    (out / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
     settings = json.loads((tokenizer_dir / "tokenizer_config.json").read_text())
     settings |= {"chat_template": CHAT_TEMPLATE, "model_max_length": model.config["max_position_embeddings"]}
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
@@ -447,7 +446,8 @@ def load_checkpoint(path: Path, model: Model, optimizer) -> dict:
     with safe_open(path, "pt") as f:
         for name, p in model.named_parameters():
             p.data.copy_(f.get_tensor(f"{name}|weight"))
-            optimizer.state[p] = {k: f.get_tensor(f"{name}|{k}").to(p.device) for k in ("step", "exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {k: f.get_tensor(f"{name}|{k}").to(p.device)
+                                  for k in ("step", "exp_avg", "exp_avg_sq")}
         return json.loads(f.metadata()["progress"])
 
 
