@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM end to end on a GPU: is it right, how fast is a decode step, how much is served.
+
+    python benchmarks/vllm_gpu.py check
+    python benchmarks/vllm_gpu.py speed --context 131072 --json benchmarks/results/vllm_gpu.json
+
+``check`` uses the demo model: with the lossless codec, logprobs equal those of ``auto``;
+with INT2, the facts of its recall prompts come back, eager and with CUDA graphs.
+``speed`` uses a model of Qwen3-8B's shape with dummy weights (speed and memory are
+real, text means nothing). Each engine runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
+QWEN3_8B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 262144,
+    "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+console = Console(width=120)
+
+
+# ---- what runs inside an engine's process --------------------------------------
+def _logprobs(llm, prompts, max_tokens: int):
+    from vllm import SamplingParams
+
+    outputs = llm.generate(
+        prompts, SamplingParams(max_tokens=max_tokens, temperature=0, logprobs=1, ignore_eos=True), use_tqdm=False
+    )
+    return [
+        {
+            "tokens": list(out.outputs[0].token_ids),
+            "logprobs": [step[token].logprob for step, token in zip(out.outputs[0].logprobs, out.outputs[0].token_ids)],
+            "text": out.outputs[0].text,
+        }
+        for out in outputs
+    ]
+
+
+def job_check(llm) -> dict:
+    """Greedy continuations of block-edge lengths, twice (prefix hits), and recall."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    import demo
+
+    tokenizer = llm.get_tokenizer()
+    ids = tokenizer(demo.long_prompt(380), add_special_tokens=False).input_ids
+    lengths = (1, 5, 127, 128, 129, 300, 640, 2000)
+    prompts = [{"prompt_token_ids": [0, *ids[: n - 1]]} for n in lengths]
+    rounds = [_logprobs(llm, prompts, 24) for _ in range(2)]
+    questions = [
+        {"prompt_token_ids": tokenizer(f"<|bos|>{demo.long_prompt(380)}\nThe code of {name} is",
+                                       add_special_tokens=False).input_ids}
+        for name in demo.FACTS
+    ]  # fmt: skip
+    answers = [answer["text"].strip()[:7] for answer in _logprobs(llm, questions, 9)]
+    right = sum(answer == code for answer, code in zip(answers, demo.FACTS.values()))
+    return {"rounds": rounds, "recalled": right, "facts": len(demo.FACTS)}
+
+
+def job_step(llm, context: int) -> dict:
+    """Prefill time and decode step time of one request."""
+    import torch
+    from vllm import SamplingParams
+
+    prompt = [{"prompt_token_ids": torch.randint(10, 150000, (context,)).tolist()}]
+
+    def seconds(tokens: int) -> float:
+        start = time.perf_counter()
+        llm.generate(prompt, SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True), use_tqdm=False)
+        return time.perf_counter() - start
+
+    prefill = seconds(1)  # later calls find the prompt in the prefix cache
+    seconds(8)
+    short, long = (min(seconds(n) for _ in range(2)) for n in (8, 72))
+    return {"prefill_s": prefill, "step_ms": (long - short) / 64 * 1e3}
+
+
+def job_throughput(llm, context: int, requests: int, output: int) -> dict:
+    """Output tokens per second of many requests that do not all fit."""
+    import torch
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": torch.randint(10, 150000, (context,)).tolist()} for _ in range(requests)]
+    start = time.perf_counter()
+    llm.generate(prompts, SamplingParams(max_tokens=output, temperature=0, ignore_eos=True), use_tqdm=False)
+    elapsed = time.perf_counter() - start
+    return {"output_tokens_per_s": requests * output / elapsed, "elapsed_s": elapsed}
+
+
+JOBS = {"check": job_check, "step": job_step, "throughput": job_throughput}
+
+
+def run_job(spec: dict) -> None:
+    """Entry of an engine's process: build the engine, run the job, write its result."""
+    from vllm import LLM
+
+    start = time.perf_counter()
+    llm = LLM(**spec["engine"])
+    started = time.perf_counter() - start
+    result = JOBS[spec["job"]](llm, **spec["arguments"])
+    result["start_s"] = started
+    result["kv_tokens"] = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
+    Path(spec["result"]).write_text(json.dumps(result))
+    os._exit(0)
+
+
+def engine(job: str, arguments: dict, timeout: float, lossless: bool = False, **options) -> dict | None:
+    """Run ``job`` in a fresh engine; None, with the end of its log, if it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        spec = {"job": job, "arguments": arguments, "engine": options, "result": f"{folder}/result.json"}
+        environment = {**os.environ, "VLLM_OSCAR_CODEC": "lossless" if lossless else "oscar"}
+        environment["PYTHONPATH"] = f"{ROOT}:{environment.get('PYTHONPATH', '')}"
+        with open(f"{folder}/log", "w") as log:
+            try:
+                subprocess.run(
+                    [sys.executable, __file__, "job", json.dumps(spec)],
+                    env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=timeout,
+                )  # fmt: skip
+            except subprocess.TimeoutExpired:
+                print("timed out")
+        if os.path.exists(spec["result"]):
+            return json.loads(Path(spec["result"]).read_text())
+        lines = Path(f"{folder}/log").read_text().splitlines()
+        wanted = [line for line in lines if "Error" in line or "oscar" in line.lower()]
+        print(*(line[:300] for line in [*wanted[-25:], *lines[-5:]]), sep="\n")
+        return None
+
+
+# ---- commands ----------------------------------------------------------------------
+@app.command(hidden=True)
+def job(spec: str) -> None:
+    run_job(json.loads(spec))
+
+
+def worst_difference(a: dict, b: dict) -> float:
+    """Largest logprob difference up to the first differing token; inf if tokens differ early."""
+    worst = 0.0
+    for left, right in zip(sum(a["rounds"], []), sum(b["rounds"], [])):
+        for token, other, x, y in zip(left["tokens"], right["tokens"], left["logprobs"], right["logprobs"]):
+            worst = max(worst, abs(x - y))
+            if token != other:
+                break
+    return worst
+
+
+@app.command()
+def check(
+    model: Annotated[Path, typer.Option()] = ROOT / "examples" / "demo_model",
+    timeout: Annotated[float, typer.Option(help="Seconds per engine.")] = 150,
+) -> None:
+    """Correctness through vLLM on this GPU."""
+    common = dict(model=str(model), max_model_len=4096, kv_cache_memory_bytes=1 << 30, max_num_seqs=16)
+    runs = {
+        "auto": dict(enforce_eager=True),
+        "oscar lossless": dict(kv_cache_dtype="oscar", lossless=True, enforce_eager=True),
+        "oscar eager": dict(kv_cache_dtype="oscar", enforce_eager=True),
+        "oscar graphs": dict(kv_cache_dtype="oscar"),
+    }
+    results = {name: engine("check", {}, timeout, **common, **options) for name, options in runs.items()}
+    table = Table("run", "recalled", "worst logprob difference to auto", "tokens in cache", "start s")
+    for name, result in results.items():
+        if result is None:
+            table.add_row(name, "failed", "", "", "")
+            continue
+        difference = worst_difference(results["auto"], result) if results["auto"] else float("nan")
+        table.add_row(
+            name, f"{result['recalled']}/{result['facts']}", f"{difference:.4f}",
+            f"{result['kv_tokens']:,}", f"{result['start_s']:.0f}",
+        )  # fmt: skip
+    console.print(table)
+
+
+@app.command()
+def speed(
+    context: Annotated[int, typer.Option()] = 131072,
+    layers: Annotated[int, typer.Option(help="Layers of the model; fewer start faster.")] = 36,
+    requests: Annotated[int, typer.Option(help="Requests of the throughput run.")] = 48,
+    dtypes: Annotated[str, typer.Option()] = "auto,fp8,oscar",
+    jobs: Annotated[str, typer.Option()] = "step,throughput",
+    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+    timeout: Annotated[float, typer.Option()] = 240,
+) -> None:
+    """Decode step at batch 1 and throughput at equal KV memory, beside auto and fp8."""
+    import torch
+
+    records = []
+    with tempfile.TemporaryDirectory() as model:
+        (Path(model) / "config.json").write_text(json.dumps({**QWEN3_8B, "num_hidden_layers": layers}))
+        common = dict(model=model, load_format="dummy", skip_tokenizer_init=True)
+        for dtype in dtypes.split(","):
+            if "step" in jobs:
+                record = engine("step", {"context": context}, timeout, kv_cache_dtype=dtype, max_num_seqs=8,
+                                max_model_len=context + 256, **common)  # fmt: skip
+                records.append({"job": "step", "dtype": dtype, "context": context, **(record or {"failed": True})})
+            if "throughput" in jobs:
+                length, memory = 8192, layers * 20 * 2**20 * 8
+                record = engine("throughput", {"context": length, "requests": requests, "output": 256}, timeout,
+                                kv_cache_dtype=dtype, max_model_len=length + 512, max_num_seqs=64,
+                                kv_cache_memory_bytes=memory, **common)  # fmt: skip
+                records.append({"job": "throughput", "dtype": dtype, "context": length, "kv_bytes": memory,
+                                **(record or {"failed": True})})  # fmt: skip
+            print(json.dumps(records[-2:]), flush=True)
+    for record in records:
+        record |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "layers": layers,
+                   "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+        print(json.dumps(record))
+    if json_file:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(records, indent=1))
+
+
+if __name__ == "__main__":
+    app()
