@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shared fixtures."""
+
+from __future__ import annotations
+
+import argparse
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+from vllm_engine import MODEL, EngineHost
+
+
+@pytest.fixture(scope="session")
+def engine_host():
+    """The process in which the in-process engines of all test files run, one at a time."""
+    with EngineHost() as host:
+        yield host
+
+
+@lru_cache(maxsize=None)
+def _text_tokens() -> list[int]:
+    from tokenizers import Tokenizer
+
+    text = Path(argparse.__file__).read_text()
+    return Tokenizer.from_file(str(MODEL / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+
+
+@pytest.fixture(scope="session")
+def text():
+    """``text(n, at)``: a prompt of ``n`` tokens, the first being ``<|bos|>``, real code from offset ``at``."""
+
+    def prompt(length: int, at: int = 0) -> list[int]:
+        return [0] + _text_tokens()[at : at + length - 1]
+
+    return prompt
