@@ -54,3 +54,10 @@ extern "C" int oscar_write_ring(const OscarStoreArgs* args, void* stream) {
     return oscar::write_ring<decltype(layout)>(*args, static_cast<cudaStream_t>(stream));
   });
 }
+
+extern "C" int oscar_probe() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, oscar::write_ring_kernel);
+  cudaGetLastError();  // a failed probe is no error of a later launch
+  return error;
+}

@@ -37,7 +37,9 @@ typedef struct {
   int64_t workspace_bytes;
   int64_t out_token, out_head, query_token, query_head, key_token, key_head, value_token, value_head;
   int64_t page_block, page_head, ring_block, ring_head, block_table_row, ring_table_row;
-  int32_t requests, kv_heads, group, max_query_len, ring_pages, is_bf16;
+  int32_t requests, kv_heads, group, ring_pages, is_bf16;
+  /* Tokens first_token .. first_token + max_query_len - 1 of each request are queries of this call. */
+  int32_t max_query_len, first_token;
   float scale;
   int32_t warps, stages; /* per block; 0 chooses */
   OscarFormat format;
@@ -59,6 +61,8 @@ int oscar_attention_workspace(const OscarAttentionArgs* args, int64_t* bytes);
 int oscar_attention(const OscarAttentionArgs* args, void* stream);
 int oscar_store_pages(const OscarStoreArgs* args, void* stream);
 int oscar_write_ring(const OscarStoreArgs* args, void* stream);
+/* OSCAR_OK if the library holds machine code for the current device. */
+int oscar_probe(void);
 void oscar_abi_sizes(int32_t* attention_args, int32_t* store_args);
 const char* oscar_error_string(int code);
 

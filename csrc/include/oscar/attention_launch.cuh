@@ -54,7 +54,7 @@ int launch_shape(const OscarAttentionArgs& args, LaunchShape& shape) {
   shape.row_blocks = (rows + block_rows - 1) / block_rows;
   shape.slot_rows = std::min(rows, block_rows);
   shape.segments = static_cast<int64_t>(args.requests) * args.kv_heads * shape.row_blocks;
-  shape.slots = 2 * shape.segments + shape.blocks * shape.warps;
+  shape.slots = 2 * shape.segments + shape.blocks * kDecodeWarps;
   shape.ranges_bytes = align256(2 * shape.segments * sizeof(int2));
   shape.max_sum_bytes = align256(shape.slots * shape.slot_rows * sizeof(float2));
   shape.partial_bytes = align256(shape.slots * shape.slot_rows * Layout::kHeadDim * sizeof(float));

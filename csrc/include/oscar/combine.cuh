@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(512) combine_kernel(const __grid_constant__ At
   const int row_block = segment % p.row_blocks, head = segment / p.row_blocks % p.args.kv_heads;
   const Request request(p, segment / p.row_blocks / p.args.kv_heads, block_rows);
   const int query_row = row_block * block_rows + row;
-  if (query_row >= request.query_len * p.args.group) return;
+  if (query_row >= request.rows) return;
   wait_for_previous_grid();
 
   RowSlots slots{0, 0, 0, 0};
@@ -80,7 +80,8 @@ __global__ void __launch_bounds__(512) combine_kernel(const __grid_constant__ At
   hadamard_lanes(rotated, lane, 1, 32);
 
   const float unit = rsqrtf(static_cast<float>(HeadDim)), inverse = 1.f / sum;
-  uint8_t* target = static_cast<uint8_t*>(p.args.out) + (request.begin + query_row / p.args.group) * p.args.out_token +
+  const int64_t token = request.begin + p.args.first_token + query_row / p.args.group;
+  uint8_t* target = static_cast<uint8_t*>(p.args.out) + token * p.args.out_token +
                     (head * p.args.group + query_row % p.args.group) * p.args.out_head;
   uint32_t* words = reinterpret_cast<uint32_t*>(target) + lane * kChannels / 2;
 #pragma unroll

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, 1)
   const int g = lane >> 2, t = lane & 3;
   launch_dependents();  // the combine kernel waits for this grid's end itself
 
-  const int global_warp = blockIdx.x * warps + warp;
+  const int global_warp = warp * gridDim.x + blockIdx.x;  // little work spreads over all multiprocessors
   Share share = find_share(p, kRows, global_warp, gridDim.x * warps, lane);
   if (share.count == 0) return;
 
@@ -40,7 +40,8 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, 1)
     Cursor c = next;
     __syncwarp();
     const bool page = c.unit < c.request.pages, copied = c.unit < c.request.copied;
-    pipeline.fill(c.source(p, entry), page ? Layout::kPageBytes : copied ? Layout::kRingTokens * Layout::kRingTokenBytes : 0);
+    constexpr int kRingBytes = Layout::kRingTokens * Layout::kRingTokenBytes;
+    pipeline.fill(c.source(p, entry), page ? Layout::kPageBytes : copied ? kRingBytes : 0);
     if (--unfilled) {
       c.advance(p, kRows);
       entry = c.load_entry(p);
@@ -61,7 +62,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, 1)
     const bool first_of_part = at.unit == (is_page ? 0 : request.pages);
     const bool last_of_part = at.unit + 1 == (is_page ? request.pages : request.units);
     const int first_row = at.row_block * kRows;
-    const int rows = min(request.query_len * p.args.group - first_row, kRows);
+    const int rows = min(request.rows - first_row, kRows);
 
     if (i == 0 || first_of_part) {
       opened_part = first_of_part;
@@ -71,8 +72,8 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, 1)
         const int row = first_row + 8 * n + g;
         const uint8_t* source = nullptr;
         if (8 * n + g < rows) {
-          source = static_cast<const uint8_t*>(p.args.query) +
-                   (request.begin + row / p.args.group) * p.args.query_token +
+          const int64_t token = request.begin + p.args.first_token + row / p.args.group;
+          source = static_cast<const uint8_t*>(p.args.query) + token * p.args.query_token +
                    (at.head * p.args.group + row % p.args.group) * p.args.query_head;
         }
         if (is_page) query[n].load_rotated(source, p.args.is_bf16, scale_log2, lane);
@@ -98,7 +99,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, 1)
         tokens.key = page;
         tokens.value = page + Layout::kRingTokenBytes / 2;
         tokens.key_stride = tokens.value_stride = Layout::kRingTokenBytes;
-        tokens.position = -kInFlightTokens;
+        tokens.position = -kInFlightTokens;  // visible to every row
       } else {
         tokens.position = (at.unit - request.copied) * kInFlightTokens;
         readable = tokens.position + lane < request.query_len;
@@ -110,8 +111,9 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, 1)
         tokens.value_stride = p.args.value_token;
       }
       tokens.valid = __ballot_sync(kFullWarp, readable);
-      if (p.args.is_bf16) attend_tokens<true>(tokens, query, first_row, p.args.group, scale_log2, acc, lane);
-      else attend_tokens<false>(tokens, query, first_row, p.args.group, scale_log2, acc, lane);
+      const int row_of_step = first_row + p.args.first_token * p.args.group;
+      if (p.args.is_bf16) attend_tokens<true>(tokens, query, row_of_step, p.args.group, scale_log2, acc, lane);
+      else attend_tokens<false>(tokens, query, row_of_step, p.args.group, scale_log2, acc, lane);
     }
     pipeline.release();
     if (unfilled) fill();

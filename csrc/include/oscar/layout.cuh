@@ -9,7 +9,8 @@ namespace oscar {
 
 constexpr int kPageTokens = 128;
 
-template <int HeadDim_, int KeyBits_, int KeyGroup_, int ValueGroup_, bool Fp8Params_, bool HasNorm_, bool ExactFirstKey_>
+template <int HeadDim_, int KeyBits_, int KeyGroup_, int ValueGroup_, bool Fp8Params_, bool HasNorm_,
+          bool ExactFirstKey_>
 struct PageLayout {
   static constexpr int kHeadDim = HeadDim_;
   static constexpr int kKeyBits = KeyBits_;

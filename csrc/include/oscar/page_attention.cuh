@@ -43,7 +43,8 @@ OSCAR_DEVICE void zero_products(const uint8_t* page, bool first, const QueryRows
 
 // Attend to the first `valid` tokens of `page`.
 template <class Layout, int NTiles>
-OSCAR_DEVICE void attend_page(const uint8_t* page, bool first, int valid, const QueryRows<Layout::kTiles> (&query)[NTiles],
+OSCAR_DEVICE void attend_page(const uint8_t* page, bool first, int valid,
+                              const QueryRows<Layout::kTiles> (&query)[NTiles],
                               Accumulator<Layout::kTiles> (&acc)[NTiles], int lane) {
   constexpr int kTiles = Layout::kTiles, kChunks = Layout::kChunks, kValueGroups = Layout::kValueGroups;
   // Two 32-token blocks at a time give enough independent products to hide their latency.
@@ -82,8 +83,9 @@ OSCAR_DEVICE void attend_page(const uint8_t* page, bool first, int valid, const 
         }
         const uint4 low4 = load_words(page + Layout::kKeyCodes, block, chunk, kChunks, lane);
         uint4 high4 = {};
-        if constexpr (Layout::kKeyBits == 3) high4 = load_words(page + Layout::kKeyHigh, block / 2, chunk, kChunks, lane);
-        if constexpr (Layout::kKeyBits == 4) high4 = load_words(page + Layout::kKeyHigh, block, chunk, kChunks, lane);
+        if constexpr (Layout::kKeyBits > 2) {  // 3-bit keys: one high word for two blocks
+          high4 = load_words(page + Layout::kKeyHigh, Layout::kKeyBits == 3 ? block / 2 : block, chunk, kChunks, lane);
+        }
         const uint32_t low[4] = {low4.x, low4.y, low4.z, low4.w};
         const uint32_t high[4] = {high4.x, high4.y, high4.z, high4.w};
 #pragma unroll

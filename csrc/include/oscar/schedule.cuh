@@ -32,7 +32,8 @@ struct AttentionParams {
 
 // The per-request numbers that everything else derives from.
 struct Request {
-  int begin, query_len, context, ring_start;
+  int begin, query_len, context, ring_start;  // query_len: all of the step's tokens
+  int rows;                                   // query rows of this call
   int row_blocks, pages, copied, units;  // copied: pages and ring pages
 
   Request() = default;
@@ -41,11 +42,12 @@ struct Request {
     query_len = p.args.query_start_loc[request + 1] - begin;
     context = max(p.args.seq_lens[request] - query_len, 0);
     ring_start = min(max(p.args.ring_start[request], 0), context);
-    query_len = max(min(query_len, p.args.max_query_len), 0);
-    row_blocks = (query_len * p.args.group + block_rows - 1) / block_rows;
+    const int tokens = max(min(query_len - p.args.first_token, p.args.max_query_len), 0);
+    rows = tokens * p.args.group;
+    row_blocks = (rows + block_rows - 1) / block_rows;
     pages = (ring_start + kPageTokens - 1) / kPageTokens;
     copied = pages + (context > ring_start ? p.args.ring_pages : 0);
-    units = copied + (query_len + kInFlightTokens - 1) / kInFlightTokens;
+    units = copied + (p.args.first_token + tokens + kInFlightTokens - 1) / kInFlightTokens;
   }
 };
 
@@ -94,6 +96,7 @@ struct Share {
   int count;
 };
 
+// With less work than warps, the first ones take one unit each, so that slots have no gaps.
 OSCAR_DEVICE Share find_share(const AttentionParams& p, int block_rows, int warp, int warps, int lane) {
   const auto cost = [&](int request) {
     if (request >= p.args.requests) return 0;
@@ -104,11 +107,12 @@ OSCAR_DEVICE Share find_share(const AttentionParams& p, int block_rows, int warp
   for (int base = 0; base < p.args.requests; base += 32) total += cost(base + lane);
   total = __reduce_add_sync(kFullWarp, total);
 
-  const int begin = static_cast<int>(static_cast<int64_t>(total) * warp / warps);
-  const int end = static_cast<int>(static_cast<int64_t>(total) * (warp + 1) / warps);
   Share share;
-  share.count = end - begin;
-  if (share.count == 0) return share;
+  share.count = 0;
+  const int active = min(total, warps);
+  if (warp >= active) return share;
+  const int begin = static_cast<int>(static_cast<int64_t>(total) * warp / active);
+  share.count = static_cast<int>(static_cast<int64_t>(total) * (warp + 1) / active) - begin;
 
   int before = 0;  // units of the requests before `base`
   for (int base = 0;; base += 32) {

@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kStoreThreads) store_kernel(const __grid_const
   const bool first = Layout::kExactFirstKey && block == 0;
   const bool integer_zero = p.format.integer_zero;
   uint8_t* page = static_cast<uint8_t*>(p.pages) +
-                  static_cast<int64_t>(table_entry(p.block_table, p.block_table_row, request_index, block)) * p.page_block +
+                  table_entry(p.block_table, p.block_table_row, request_index, block) * p.page_block +
                   head * p.page_head;
   const auto key_row = [&](int token, int of_head) -> const uint8_t* {
     const int position = start + token;
@@ -227,7 +227,9 @@ __global__ void __launch_bounds__(kStoreThreads) store_kernel(const __grid_const
   const auto plane = [](uint64_t codes, int shift, uint32_t mask) {
     uint32_t word = 0;
 #pragma unroll
-    for (int slot = 0; slot < 16; ++slot) word |= (static_cast<uint32_t>(codes >> (4 * slot + shift)) & mask) << (2 * slot);
+    for (int slot = 0; slot < 16; ++slot) {
+      word |= (static_cast<uint32_t>(codes >> (4 * slot + shift)) & mask) << (2 * slot);
+    }
     return word;
   };
   uint32_t* low_words = reinterpret_cast<uint32_t*>(page + Layout::kKeyCodes);

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random cache states for checking and timing the kernels, with everything unused poisoned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_oscar import reference
+from vllm_oscar.config import PAGE_TOKENS
+from vllm_oscar.format import PageFormat
+from vllm_oscar.ops import reference as reference_ops
+
+POISON = 0xFF  # NaN as fp16, bf16 and e4m3
+NO_BLOCK = 2**31 - 1
+
+
+@dataclass
+class Case:
+    """The arguments of one step; see :mod:`vllm_oscar.ops.reference`."""
+
+    fmt: PageFormat
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    pages: torch.Tensor
+    ring: torch.Tensor
+    block_table: torch.Tensor
+    ring_table: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    ring_start: torch.Tensor
+    ring_pages: int
+    max_query_len: int
+
+    @property
+    def scale(self) -> float:
+        return self.fmt.head_dim**-0.5
+
+    @property
+    def cache(self) -> tuple:
+        return self.pages, self.ring, self.block_table, self.ring_table, self.query_start_loc, self.seq_lens
+
+    def attention(self, ops, **options) -> torch.Tensor:
+        """Run the attention of ``ops`` into a poisoned output."""
+        out = torch.full_like(self.query, float("nan"))
+        if ops.__name__.endswith(".cuda"):
+            options.setdefault("max_query_len", self.max_query_len)
+        ops.attention(
+            out, self.query, self.key, self.value, *self.cache, self.ring_start, self.ring_pages, self.scale, self.fmt,
+            **options,
+        )  # fmt: skip
+        return out
+
+    def exact_attention(self) -> torch.Tensor:
+        """The reference with float64 products and softmax."""
+        query = self.query.double()
+        out = torch.full_like(query, float("nan"))
+        reference_ops.attention(
+            out, query, self.key, self.value, *self.cache, self.ring_start, self.ring_pages, self.scale, self.fmt
+        )
+        return out
+
+    def store(self, ops) -> torch.Tensor:
+        """Pages after ``ops.store_pages``."""
+        pages = self.pages.clone()
+        ops.store_pages(self.key, self.value, pages, *self.cache[1:], self.ring_pages, self.fmt)
+        return pages
+
+    def write_ring(self, ops) -> torch.Tensor:
+        """Ring after ``ops.write_ring``."""
+        ring = self.ring.clone()
+        _, _, _, *tables = self.cache
+        ops.write_ring(self.key, self.value, ring, *tables, self.ring_pages, self.fmt)
+        return ring
+
+
+def random_tokens(tokens: int, heads: int, fmt: PageFormat, dtype, generator, device):
+    """Keys with outlier channels and varying norms, values with some scale; ``[tokens, H, D]``."""
+    shape = (tokens, heads, fmt.head_dim)
+    key = torch.randn(shape, generator=generator, device=device)
+    key[..., :: fmt.head_dim // 4] *= 4
+    key *= torch.rand((tokens, heads, 1), generator=generator, device=device) + 0.5
+    value = torch.randn(shape, generator=generator, device=device) * 0.5
+    return key.to(dtype), value.to(dtype)
+
+
+def make_case(
+    fmt: PageFormat,
+    requests: list[tuple[int, int]],
+    *,
+    kv_heads: int = 2,
+    group: int = 4,
+    dtype: torch.dtype = torch.float16,
+    window: bool = True,
+    lookahead: int = 16,
+    seed: int = 0,
+    device: str = "cuda",
+) -> Case:
+    """A step of ``requests``, each ``(context, query_len)``.
+
+    ``window``: every second request reads its newest tokens from the ring although
+    their pages exist (recent window); the others only what no page holds yet.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    ring_pages = fmt.ring_pages(dtype.itemsize, lookahead)
+    blocks_of = [-(-(context + length) // PAGE_TOKENS) for context, length in requests]
+    blocks, count = sum(blocks_of) + 3, len(requests)
+    order = torch.randperm(blocks, generator=generator, device=device).int()
+    ring_order = torch.randperm(count * ring_pages + 2, generator=generator, device=device).int()
+    pages = torch.full((blocks, kv_heads, fmt.page_bytes), POISON, dtype=torch.uint8, device=device)
+    ring = torch.full((len(ring_order), kv_heads, fmt.page_bytes), POISON, dtype=torch.uint8, device=device)
+    block_table = torch.full((count, max(blocks_of) + 2), NO_BLOCK, dtype=torch.int32, device=device)
+    ring_table = torch.full((count, ring_pages + 1), NO_BLOCK, dtype=torch.int32, device=device)
+    view = reference.ring_view(ring, fmt, dtype)
+    capacity = view.shape[2] * ring_pages
+
+    ring_start, used = [], 0
+    for r, (context, _) in enumerate(requests):
+        block_table[r, : blocks_of[r]] = order[used : used + blocks_of[r]]
+        used += blocks_of[r]
+        ring_table[r, :ring_pages] = ring_order[r * ring_pages : (r + 1) * ring_pages]
+        key, value = random_tokens(context, kv_heads, fmt, dtype, generator, device)
+        full = context // PAGE_TOKENS
+        if full:
+            rows = slice(full * PAGE_TOKENS)
+            first = torch.arange(full, device=device) == 0
+            pages[block_table[r, :full].long()] = reference.encode_pages(
+                key[rows].unflatten(0, (full, PAGE_TOKENS)), value[rows].unflatten(0, (full, PAGE_TOKENS)), fmt, first
+            )
+        positions = torch.arange(max(0, context - capacity), context, device=device)
+        page, offset = reference.ring_slots(
+            ring_table[r].expand(len(positions), -1), positions, view.shape[2], ring_pages
+        )
+        view[page, :, offset] = torch.stack([key[positions], value[positions]], 2)
+        ring_start.append(max(0, context - PAGE_TOKENS) if window and r % 2 == 0 else full * PAGE_TOKENS)
+
+    lengths = torch.tensor([length for _, length in requests])
+    tokens = int(lengths.sum())
+    key, value = random_tokens(tokens, kv_heads, fmt, dtype, generator, device)
+    query = torch.randn((tokens, kv_heads * group, fmt.head_dim), generator=generator, device=device) * 1.5
+
+    def int32(values) -> torch.Tensor:
+        return torch.as_tensor(values, dtype=torch.int32, device=device)
+
+    return Case(
+        fmt=fmt,
+        query=query.to(dtype),
+        key=key,
+        value=value,
+        pages=pages,
+        ring=ring,
+        block_table=block_table,
+        ring_table=ring_table,
+        query_start_loc=int32([0, *lengths.cumsum(0).tolist()]),
+        seq_lens=int32([context + length for context, length in requests]),
+        ring_start=int32(ring_start),
+        ring_pages=ring_pages,
+        max_query_len=int(lengths.max()),
+    )
+
+
+def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest ``|out - expected| / |expected|`` of any output row; NaN and inf stay visible."""
+    difference = (out.double() - expected.double()).norm(dim=-1)
+    return (difference / expected.double().norm(dim=-1).clamp_min(1e-6)).max().item()

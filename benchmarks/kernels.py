@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check, then time, the attention and store kernels on a GPU.
+
+    python -m benchmarks.kernels --flash --output benchmarks/results/kernels.json
+
+Times are CUDA-graph replays; caches rotate so that no launch finds its data in L2.
+A kernel whose output is wrong is not timed. Nothing is extrapolated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.kernel_cases import Case, make_case, relative_error
+from vllm_oscar import reference
+from vllm_oscar.config import PAGE_TOKENS, PRESETS
+from vllm_oscar.format import PageFormat
+from vllm_oscar.ops import cuda
+
+MODELS = {"qwen3-8b": (8, 4, 128), "llama-3.1-8b": (8, 4, 128), "qwen3-32b": (8, 8, 128), "d64": (8, 4, 64)}
+CASES = [
+    *((1, 4096), (1, 32768), (1, 131072), (8, 4096), (8, 32768), (8, 131072)),
+    *((16, 32768), (64, 1024), (64, 8192), (64, 32768)),
+]
+ROTATED_BYTES = 240e6  # four times the L2 of an H200
+ERROR_LIMIT = 8e-3
+
+
+# ---- timing ---------------------------------------------------------------------
+def time_us(launches: list, minimum: int = 8) -> float:
+    """Median time of one launch; ``launches`` are equivalent calls on different data."""
+    repeat = -(-minimum // len(launches))
+    for launch in launches:
+        launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeat):
+            for launch in launches:
+                launch()
+    times = []
+    for i in range(12):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if i >= 3:
+            times.append(begin.elapsed_time(end) * 1e3 / (repeat * len(launches)))
+    return sorted(times)[len(times) // 2]
+
+
+def read_bandwidth() -> float:
+    """Best rate in bytes/s at which a plain kernel reads 4 GiB."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def read(x, out, n, block: tl.constexpr):
+        total = tl.zeros((block,), tl.int32)
+        for start in range(tl.program_id(0) * block, n, tl.num_programs(0) * block):
+            total ^= tl.load(x + start.to(tl.int64) + tl.arange(0, block))
+        tl.store(out + tl.program_id(0) * block + tl.arange(0, block), total)
+
+    n = 1 << 30
+    x = torch.randint(-(2**31), 2**31 - 1, (n,), dtype=torch.int32, device="cuda")
+    best = 0.0
+    for block, programs in ((4096, 132 * 4), (8192, 132 * 2), (8192, 132 * 4), (4096, 132 * 8)):
+        out = torch.empty(programs * block, dtype=torch.int32, device="cuda")
+        us = time_us([lambda b=block, p=programs, o=out: read[(p,)](x, o, n, block=b, num_warps=8)], 2)
+        best = max(best, 4 * n / us * 1e6)
+    return best
+
+
+# ---- caches of the size to be timed -----------------------------------------------
+def big_case(fmt: PageFormat, batch: int, context: int, heads: int, group: int, dtype) -> tuple[list[Case], int]:
+    """Equal steps on disjoint caches, and the bytes that one of them must read.
+
+    Sequences have ``context`` tokens including the step's one; pages repeat a pool of
+    encoded random blocks in random order.
+    """
+    seed = make_case(fmt, [(PAGE_TOKENS * 64, 1)] * 8, kv_heads=heads, group=group, dtype=dtype, seed=context + batch)
+    encoded = seed.pages[seed.block_table[:, :64].long()]  # [8, 64, H, bytes]
+    per_sequence = -(-context // PAGE_TOKENS)
+    start = max(0, context - 1 - PAGE_TOKENS)
+    page_count = -(-start // PAGE_TOKENS)
+    tail = (context - start) * 2 * fmt.head_dim * dtype.itemsize
+    nbytes = batch * heads * (page_count * fmt.page_bytes + tail)
+    sets = min(16, max(1, -(-int(ROTATED_BYTES) // nbytes)))
+    blocks = sets * batch * per_sequence
+    pages = torch.empty(blocks, heads, fmt.page_bytes, dtype=torch.uint8, device="cuda")
+    table = torch.randperm(blocks, device="cuda").int().view(sets, batch, per_sequence)
+    rest = encoded[:, 1:].flatten(0, 1)
+    for begin in range(0, blocks, 4096):
+        part = pages[begin : begin + 4096]
+        part.copy_(rest[torch.randint(len(rest), (len(part),), device="cuda")])
+    firsts = table[..., 0].flatten().long()
+    pages[firsts] = encoded[:, 0][torch.randint(8, (len(firsts),), device="cuda")]
+
+    ring_pages = seed.ring_pages
+    ring = torch.empty(sets * batch * ring_pages, heads, fmt.page_bytes, dtype=torch.uint8, device="cuda")
+    view = reference.ring_view(ring, fmt, dtype)
+    view.copy_(torch.randn(view.shape, device="cuda", dtype=dtype))
+    ring_table = torch.randperm(len(ring), device="cuda").int().view(sets, batch, ring_pages)
+    query = torch.randn(batch, heads * group, fmt.head_dim, device="cuda").to(dtype)
+    key, value = (torch.randn(batch, heads, fmt.head_dim, device="cuda").to(dtype) for _ in range(2))
+    common = replace(
+        seed,
+        query=query,
+        key=key,
+        value=value,
+        pages=pages,
+        ring=ring,
+        query_start_loc=torch.arange(batch + 1, dtype=torch.int32, device="cuda"),
+        seq_lens=torch.full((batch,), context, dtype=torch.int32, device="cuda"),
+        ring_start=torch.full((batch,), start, dtype=torch.int32, device="cuda"),
+        max_query_len=1,
+    )
+    return [replace(common, block_table=table[i], ring_table=ring_table[i]) for i in range(sets)], nbytes
+
+
+def attention_launch(ops, case: Case, **options):
+    out = torch.empty_like(case.query)
+    if ops is cuda:
+        options["max_query_len"] = case.max_query_len
+    return lambda: ops.attention(
+        out, case.query, case.key, case.value, *case.cache, case.ring_start, case.ring_pages, case.scale, case.fmt,
+        **options,
+    )  # fmt: skip
+
+
+def flash_us(batch: int, context: int, heads: int, group: int, dim: int) -> tuple[float, float]:
+    """FlashAttention-3 on a paged bf16 cache of the same shape: best time over split counts, bytes."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    per_sequence = -(-context // PAGE_TOKENS)
+    nbytes = batch * context * heads * dim * 4
+    sets = min(8, max(1, -(-int(ROTATED_BYTES) // nbytes)))
+    blocks = sets * batch * per_sequence
+    cache = torch.empty(2, blocks, PAGE_TOKENS, heads, dim, dtype=torch.bfloat16, device="cuda").normal_()
+    table = torch.randperm(blocks, device="cuda").int().view(sets, batch, per_sequence)
+    query = torch.randn(batch, heads * group, dim, dtype=torch.bfloat16, device="cuda")
+    starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
+    lens = torch.full((batch,), context, dtype=torch.int32, device="cuda")
+    out = torch.empty_like(query)
+
+    def launch(i: int, splits: int):
+        return lambda: flash_attn_varlen_func(
+            query, cache[0], cache[1], 1, starts, context, seqused_k=lens, block_table=table[i], causal=True,
+            out=out, fa_version=3, num_splits=splits,
+        )  # fmt: skip
+
+    options = [0] + ([16, 32] if batch * heads < 132 else [])
+    return min(time_us([launch(i, splits) for i in range(sets)]) for splits in options), nbytes
+
+
+# ---- the runs -----------------------------------------------------------------------
+def triton_ops():
+    try:
+        from vllm_oscar.ops import triton as ops
+    except ImportError:
+        return None
+    return ops if ops.available()[0] else None
+
+
+def check(backends: dict, limit: float) -> bool:
+    """Small ragged batches of every preset; prints one line per kernel and preset."""
+    good = True
+    for name, ops in backends.items():
+        for preset in PRESETS:
+            errors = []
+            for dim, dtype, group, longest in ((128, torch.bfloat16, 4, 1), (64, torch.float16, 8, 4), (128, torch.float16, 8, 4)):
+                requests = [(context, longest) for context in (0, 1, 127, 128, 129, 1000, 4099)]
+                case = make_case(PageFormat.preset(preset, dim), requests, dtype=dtype, group=group)
+                try:
+                    errors.append(relative_error(case.attention(ops), case.exact_attention()))
+                except Exception as error:  # report it and go on: this is a survey
+                    errors.append(float("nan"))
+                    print(f"  {name} {preset} {dim}: {type(error).__name__} {error}"[:300])
+            ok = all(error < limit for error in errors)
+            good &= ok or name != "cuda"
+            print(f"check {name:8} {preset:12} {' '.join(f'{e:.1e}' for e in errors)} {'ok' if ok else 'WRONG'}", flush=True)
+    return good
+
+
+def time_store(fmt: PageFormat, dtype) -> list[dict]:
+    """All requests complete a block; none does; an 8k prefill chunk; the ring."""
+    rows = []
+    for name, requests in (
+        ("store, 64 full blocks", [(255, 1)] * 64),
+        ("store, none full", [(200, 1)] * 64),
+        ("store, 8192 tokens", [(0, 8192)]),
+    ):
+        case = make_case(fmt, requests, kv_heads=8, group=1, dtype=dtype)
+        *cache, lens = case.cache
+        args = (case.key, case.value, *cache, lens, case.ring_pages, fmt)
+        us = time_us([lambda a=args, m=case.max_query_len: cuda.store_pages(*a, max_query_len=m)], 20)
+        rows.append({"kernel": name, "us": us})
+        if name == "store, none full":
+            _, ring, _, ring_table, starts, lens = case.cache
+            args = (case.key, case.value, ring, ring_table, starts, lens, case.ring_pages, fmt)
+            us = time_us([lambda a=args: cuda.write_ring(*a, max_query_len=1)], 20)
+            rows.append({"kernel": "write ring, 64 tokens", "us": us})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="*", default=["qwen3-8b"], choices=MODELS)
+    parser.add_argument("--presets", nargs="*", default=["oscar"], choices=PRESETS)
+    parser.add_argument("--cases", nargs="*", help="BATCHxCONTEXT, e.g. 8x32768")
+    parser.add_argument("--shapes", nargs="*", default=["0x0"], help="WARPSxSTAGES[@LIBRARY] to compare")
+    parser.add_argument("--flash", action="store_true", help="time FlashAttention-3 too")
+    parser.add_argument("--triton", action="store_true", help="check and time the Triton kernels too")
+    parser.add_argument("--store", action="store_true", help="time store_pages and write_ring too")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    stamp = {
+        "device": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+    }
+    default_library = cuda.LIBRARY
+    backends = {"cuda": cuda}
+    if options.triton and triton_ops():
+        backends["triton"] = triton_ops()
+    if not check(backends, ERROR_LIMIT):
+        raise SystemExit("wrong results: nothing is timed")
+    peak = read_bandwidth()
+    print(f"read bandwidth {peak / 1e12:.2f} TB/s", flush=True)
+    records, lines = [], []
+
+    def record(**fields) -> None:
+        records.append(stamp | fields)
+        ratio = fields.get("ratio_to_best_bf16")
+        lines.append(
+            f"{fields['kernel']:24} {fields.get('preset') or '':12} {fields.get('model') or '':12} "
+            f"{fields.get('batch', ''):>3} x {fields.get('context', ''):>6} {fields['us']:9.1f} us "
+            + (f"{fields['gbps']:6.0f} GB/s {fields['percent_of_read_bandwidth']:5.1f} %" if "gbps" in fields else "")
+            + (f"  {ratio:5.2f}x" if ratio else "")
+        )
+        print(lines[-1], flush=True)
+
+    cases = [tuple(map(int, case.split("x"))) for case in options.cases] if options.cases else CASES
+    for model in options.models:
+        heads, group, dim = MODELS[model]
+        for batch, context in cases:
+            shape = {"model": model, "batch": batch, "context": context}
+            best = None
+            if options.flash:
+                best, nbytes = flash_us(batch, context, heads, group, dim)
+                rate = nbytes / best / 1e3
+                record(kernel="flash-attention-3 bf16", **shape, us=best, gbps=rate,
+                       percent_of_read_bandwidth=rate * 1e11 / peak)
+                torch.cuda.empty_cache()
+            for preset in options.presets:
+                fmt = PageFormat.preset(preset, dim)
+                steps, nbytes = big_case(fmt, batch, context, heads, group, torch.bfloat16)
+                expected = steps[0].exact_attention() if batch * context <= 1 << 19 else None
+                runs = [(name, ops, {}) for name, ops in backends.items() if ops is not cuda]
+                for text in options.shapes:
+                    numbers, _, library = text.partition("@")
+                    warps, stages = map(int, numbers.split("x"))
+                    label = "cuda" if text == "0x0" else f"cuda {numbers}" + ("*" if library else "")
+                    runs.append((label, cuda, {"warps": warps, "stages": stages, "library": library}))
+                for name, ops, extra in runs:
+                    library = extra.pop("library", "")
+                    path = Path(library).resolve() if library else default_library
+                    if ops is cuda and path != cuda.LIBRARY:
+                        cuda.LIBRARY = path
+                        cuda._library.cache_clear()
+                        cuda._workspace_bytes.cache_clear()
+                    try:
+                        if expected is not None:
+                            error = relative_error(steps[0].attention(ops, **extra), expected)
+                            if not error < ERROR_LIMIT:
+                                print(f"{name} {preset} {batch} x {context}: error {error:.1e}, not timed", flush=True)
+                                continue
+                        us = time_us([attention_launch(ops, step, **extra) for step in steps])
+                    except (RuntimeError, ValueError) as error:
+                        print(f"{name} {preset} {batch} x {context}: {error}"[:300], flush=True)
+                        continue
+                    rate = nbytes / us / 1e3
+                    record(kernel=name, preset=preset, **shape, us=us, gbps=rate,
+                           percent_of_read_bandwidth=rate * 1e11 / peak,
+                           ratio_to_best_bf16=best / us if best else None)
+                del steps, expected
+                torch.cuda.empty_cache()
+    if options.store:
+        for preset in options.presets:
+            for row in time_store(PageFormat.preset(preset, 128), torch.bfloat16):
+                record(preset=preset, **row)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(records, indent=1) + "\n")
+    print("\n".join(["", *lines]))
+
+
+if __name__ == "__main__":
+    main()

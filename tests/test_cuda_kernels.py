@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA kernels against the reference. Needs a GPU and the built library."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.kernel_cases import make_case, relative_error
+from vllm_oscar.config import PRESETS
+from vllm_oscar.format import PageFormat
+from vllm_oscar.ops import cuda
+from vllm_oscar.ops import reference as reference_ops
+
+usable, reason = cuda.available()
+pytestmark = pytest.mark.skipif(not usable, reason=reason)
+
+CONTEXTS = [0, 1, 127, 128, 129, 255, 256, 300, 511, 1000, 2176, 4099]
+TOLERANCE = {torch.float16: 1.5e-3, torch.bfloat16: 8e-3}  # of a whole output row
+
+# (dtype, query heads per KV head, longest query)
+SHAPES = [
+    (torch.float16, 4, 1),
+    (torch.bfloat16, 8, 1),
+    (torch.bfloat16, 1, 2),
+    (torch.float16, 5, 3),
+    (torch.bfloat16, 16, 4),
+    (torch.float16, 7, 16),
+]
+
+
+def ragged(longest: int) -> list[tuple[int, int]]:
+    """One request per context, query lengths 0 to ``longest``."""
+    lengths = [longest, 1, longest, 0, max(longest - 1, 1)]
+    return [(context, lengths[i % len(lengths)]) for i, context in enumerate(CONTEXTS)]
+
+
+@pytest.mark.parametrize("head_dim", cuda.HEAD_DIMS)
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("dtype, group, longest", SHAPES)
+def test_attention(preset, head_dim, dtype, group, longest):
+    case = make_case(PageFormat.preset(preset, head_dim), ragged(longest), dtype=dtype, group=group, seed=longest)
+    error = relative_error(case.attention(cuda), case.exact_attention())
+    assert error < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_long_queries_are_split(preset):
+    requests = [(0, 300), (700, 130), (129, 1), (5, 0), (256, 40)]
+    case = make_case(PageFormat.preset(preset, 128), requests, dtype=torch.bfloat16)
+    expected = case.exact_attention()
+    assert relative_error(case.attention(cuda), expected) < TOLERANCE[torch.bfloat16]
+    assert relative_error(case.attention(cuda, max_query_len=None), expected) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("head_dim", cuda.HEAD_DIMS)
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_store_and_ring(preset, head_dim, dtype):
+    fmt = PageFormat.preset(preset, head_dim)
+    case = make_case(fmt, [(0, 128), (127, 1), (120, 300), (255, 2), (300, 1), (0, 0), (128, 128), (1, 20)], dtype=dtype)
+    pages, expected = case.store(cuda), case.store(reference_ops)
+    different = pages != expected
+    assert different.float().mean() < 1e-3  # rounding ties, from another order of summation
+    untouched = (expected == case.pages).all(-1).all(-1)
+    assert torch.equal(pages[untouched], case.pages[untouched])
+    assert torch.equal(case.write_ring(cuda), case.write_ring(reference_ops))
+
+
+def test_extreme_magnitudes_stay_finite():
+    fmt = PageFormat.preset("oscar", 128)
+    case = make_case(fmt, [(1000, 1), (4099, 2)], dtype=torch.bfloat16)
+    case.query *= 300  # scores of thousands: nearly one-hot weights
+    assert relative_error(case.attention(cuda), case.exact_attention()) < 1
+    case.query *= 0
+    assert relative_error(case.attention(cuda), case.exact_attention()) < TOLERANCE[torch.bfloat16]
+
+
+def test_one_graph_serves_all_lengths():
+    fmt = PageFormat.preset("oscar", 128)
+    case = make_case(fmt, [(4000, 1)] * 4, dtype=torch.bfloat16)
+    out = case.attention(cuda)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cuda.attention(
+            out, case.query, case.key, case.value, *case.cache, case.ring_start, case.ring_pages, case.scale, fmt,
+            max_query_len=1,
+        )  # fmt: skip
+    for requests in ([(1, 1)] * 4, [(4000, 1), (0, 1), (129, 1), (2000, 1)], [(4000, 1)] * 4):
+        new = make_case(fmt, requests, dtype=torch.bfloat16, seed=len(str(requests)))
+        for name in ("query", "key", "value", "seq_lens", "ring_start"):
+            getattr(case, name).copy_(getattr(new, name))
+        blocks = torch.arange(len(new.pages), device="cuda")
+        case.pages[blocks] = new.pages
+        case.ring.copy_(new.ring)
+        case.block_table.fill_(0)
+        case.block_table[:, : new.block_table.shape[1]] = new.block_table
+        case.ring_table.copy_(new.ring_table)
+        out.fill_(float("nan"))
+        graph.replay()
+        assert relative_error(out, new.exact_attention()) < TOLERANCE[torch.bfloat16]
+
+
+def test_arguments_are_checked():
+    case = make_case(PageFormat.preset("oscar", 128), [(200, 1)])
+    case.seq_lens = case.seq_lens.long()
+    with pytest.raises(ValueError, match="seq_lens"):
+        case.attention(cuda)
