@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fidelity lab measures what it says: decode-time numerics, true bytes, reproducible reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+from benchmarks.fidelity import attention, measures, methods, report, tasks  # noqa: E402
+from benchmarks.fidelity.records import Records  # noqa: E402
+from vllm_oscar.config import PRESETS  # noqa: E402
+from vllm_oscar.format import PageFormat  # noqa: E402
+from vllm_oscar.reference import attention as reference_attention  # noqa: E402
+from vllm_oscar.reference import encode_pages  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+TOKENIZER = ROOT / "examples" / "demo_model"
+IDENTITY = methods.Method("identity", "test", lambda key, value, first: (key.float(), value.float()), lambda dim: 4.0 * dim)
+
+
+def tiny_model(attn: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=64, max_position_embeddings=1024, attn_implementation=attn,
+        initializer_range=0.2,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def lab() -> measures.Lab:
+    attention.register()
+    return measures.Lab("tiny", tiny_model(attention.NAME), None, "cpu")
+
+
+@pytest.fixture(scope="module")
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 97, (2, 700), generator=torch.Generator().manual_seed(1))
+
+
+def test_exact_attention_is_the_model(lab, tokens):
+    with torch.no_grad():
+        expected = tiny_model("eager").model(input_ids=tokens, use_cache=False).last_hidden_state
+    torch.testing.assert_close(lab.hidden(tokens, None), expected, atol=2e-4, rtol=2e-4)
+
+
+def test_a_method_without_loss_has_no_divergence(lab, tokens):
+    exact = [lab.hidden(row[None], None)[0] for row in tokens]
+    for record in measures.text(lab, IDENTITY, tokens, exact):
+        assert abs(record["kl"]) < 1e-6 and record["top1"] == 1.0
+        assert record["loss"] == pytest.approx(record["exact_loss"], abs=1e-5)
+
+
+def test_a_lossy_method_diverges_more_with_fewer_bits(lab, tokens):
+    known = methods.registry()
+    exact = [lab.hidden(row[None], None)[0] for row in tokens]
+    kl = [
+        sum(r["kl"] for r in measures.text(lab, known[name], tokens, exact))
+        for name in ("bf16", "oscar_large", "oscar", "oscar_paper")
+    ]
+    assert kl == sorted(kl) and kl[0] < 0.1 * kl[-1]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("position", [0, 127, 128, 200, 255, 256, 390, 511])
+def test_each_query_sees_what_the_serving_path_reads(name, position):
+    """Against the normative attention over pages and ring, one decode step at a time."""
+    from vllm_oscar.config import WINDOW_TOKENS
+
+    torch.manual_seed(position)
+    fmt = PageFormat.preset(name, 64)
+    query = torch.randn(1, 4, 512, 64)
+    key, value = torch.randn(2, 1, 2, 512, 64)
+    method = methods.registry()[name]
+    old = attention.quantize_history(method, key, value)
+    got = attention.attention(query, key, value, old, method, 0.125)[0, :, position]
+
+    k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)  # [T, H, D]
+    full = position // 128
+    first = torch.arange(max(full, 1)) == 0
+    pages = encode_pages(
+        k[: max(full, 1) * 128].unflatten(0, (-1, 128)), v[: max(full, 1) * 128].unflatten(0, (-1, 128)), fmt, first
+    )
+    start = max(0, position - WINDOW_TOKENS) if fmt.config.recent_window else full * 128
+    expected = reference_attention(
+        query[0, :, position][None], k[position : position + 1], v[position : position + 1], pages,
+        k[start:position], v[start:position], position, start, 0.125, fmt,
+    )[0]
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["oscar", "oscar_paper", "kivi"])
+def test_decoding_token_by_token_equals_one_pass(lab, tokens, name):
+    method, row = methods.registry()[name], tokens[:1, :300]
+    cache = transformers.DynamicCache()
+    with torch.no_grad(), attention.quantized(method):
+        rows = [lab.model.model(input_ids=row[:, :200], past_key_values=cache, use_cache=True).last_hidden_state]
+        for i in range(200, 300):
+            step = lab.model.model(input_ids=row[:, i : i + 1], past_key_values=cache, use_cache=True)
+            rows.append(step.last_hidden_state)
+    torch.testing.assert_close(torch.cat(rows, 1), lab.hidden(row, method), atol=2e-3, rtol=2e-3)
+
+
+def test_layer_errors_of_the_exact_method_are_zero(lab, tokens):
+    found = measures.layers(lab, [IDENTITY, methods.registry()["oscar_paper"]], tokens[0])
+    assert [r["layer"] for r in found["identity"]] == [0, 1]
+    assert all(r["error"] < 1e-5 and abs(r["kl"]) < 1e-5 for r in found["identity"])
+    assert all(r["error"] > 1e-3 and r["kl"] > 1e-5 for r in found["oscar_paper"])
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+def test_bytes_are_those_of_the_page_format(dim):
+    known = methods.registry()
+    for name in PRESETS:
+        assert known[name].bytes_per_token(dim) == PageFormat.preset(name, dim).bytes_per_token
+        assert known[name].bits(dim) == PageFormat.preset(name, dim).bits_per_element
+    assert known["bf16"].bits(dim) == 16 and known["fp8"].bits(dim) == 8
+    assert all(m.bytes_per_token(dim) > dim / 2 for m in known.values())
+
+
+def test_turboquant_is_vllms():
+    config = pytest.importorskip("vllm.model_executor.layers.quantization.turboquant.config")
+    known = methods.registry()
+    for name in methods.TURBOQUANT_PRESETS:
+        assert known[name].bytes_per_token(128) == config.TurboQuantConfig.from_cache_dtype(name, 128).slot_size_aligned
+    saved = json.loads(methods._CODEBOOKS.read_text())["centroids"]["64x3"]
+    torch.testing.assert_close(methods.turboquant_centroids(64, 3), torch.tensor(saved))
+
+
+_KERNELS = '''
+import sys, torch, triton, triton.language as tl, vllm.triton_utils as utils
+utils.triton, utils.tl, utils.HAS_TRITON = triton, tl, True
+from vllm.v1.attention.ops.triton_turboquant_store import triton_turboquant_store
+from vllm.v1.attention.ops import triton_turboquant_decode as decode
+from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
+from benchmarks.fidelity.methods import turboquant_centroids, turboquant_replay, TURBOQUANT_PRESETS
+from vllm_oscar.hadamard import hadamard
+torch.manual_seed(0)
+tokens, heads, dim = 4, 2, 64
+for name, (kb, vb) in TURBOQUANT_PRESETS.items():
+    c = TurboQuantConfig.from_cache_dtype(name, dim)
+    key, value = torch.randn(2, tokens, heads, dim)
+    cache = torch.zeros(1, 16, heads, c.slot_size_aligned, dtype=torch.uint8)
+    book = turboquant_centroids(dim, c.mse_bits)
+    triton_turboquant_store(key, value, cache, torch.arange(tokens, dtype=torch.int32), hadamard(dim),
+                            (book[1:] + book[:-1]) / 2, c.mse_bits, c.key_packed_size, c.value_quant_bits)
+    k, v = torch.zeros(2, 1, heads, tokens, dim, dtype=torch.half)
+    decode._tq_full_dequant_kv[(tokens, heads)](
+        cache, torch.zeros(1, 1, dtype=torch.int32), book, k, v, *k.stride()[:3], *v.stride()[:3],
+        *cache.stride()[:3], 1, HEAD_DIM=dim, BLOCK_SIZE=16, NUM_KV_HEADS=heads, MSE_BYTES=dim * kb // 8,
+        KPS=c.key_packed_size, VQB=vb, VAL_DATA_BYTES=dim * vb // 8, MSE_BITS=c.key_mse_bits, KEY_FP8=0,
+        BLOCK_D=dim, NORM_CORRECTION=1)
+    key_back, value_back = turboquant_replay(key, value, kb, vb)
+    torch.testing.assert_close(k[0].transpose(0, 1).float() @ hadamard(dim).T, key_back, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(v[0].transpose(0, 1).float(), value_back, atol=1e-3, rtol=1e-3)
+print("equal")
+'''
+
+
+def test_turboquant_replay_equals_vllms_kernels():
+    pytest.importorskip("triton")
+    pytest.importorskip("vllm")
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", _KERNELS], env=env, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip().endswith("equal"), done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def recall_tasks() -> tasks.Tasks:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TOKENIZER)
+    return tasks.Tasks(tokenizer, ["def f(x):\n    return x + 1  # one more\n" * 3000])
+
+
+@pytest.mark.parametrize("task", tasks.FORMS)
+def test_recall_documents_hold_facts_and_questions(recall_tasks, task):
+    tokens, questions = recall_tasks.recall(3, 1024, task)
+    again, _ = recall_tasks.recall(3, 1024, task)
+    assert len(tokens) == 1024 and tokens.equal(again)
+    assert sorted(q.depth for q in questions) == list(tasks.DEPTHS)
+    decode = recall_tasks.tokenizer.decode
+    for question in questions:
+        answer = decode(tokens[question.begin : question.end])
+        facts = decode(tokens[: question.begin])
+        assert all(number in facts for number in answer.replace(",", " ").split()) and answer.strip()[-1].isdigit()
+
+
+def test_a_model_that_knows_the_answer_scores(recall_tasks):
+    tokens, questions = recall_tasks.recall(0, 512, "needle")
+    certain = torch.nn.functional.one_hot(tokens, 8192).float().log().clamp(min=-50)
+    for question in questions:
+        answer = certain[question.begin : question.end]
+        assert measures.score_answer(answer, tokens, question)["exact"] == 1.0
+        assert measures.score_answer(answer.roll(1, 1), tokens, question)["exact"] == 0.0
+
+
+def fake_records(folder: Path) -> Records:
+    records, known = Records(folder), methods.registry()
+    for i, name in enumerate(("oscar_paper", "oscar", "kivi", "oscar:no window")):
+        text = [{"kl": 0.01 * (i + 1), "loss": 1.01, "exact_loss": 1.0, "top1": 0.9}] * 2
+        records.add(Records.new("m", known[name], 128, "text", {"documents": 2, "length": 512, "from": 256}), text)
+        layer = [[{"layer": n, "error": 0.1, "kl": 0.01} for n in range(2)]]
+        records.add(Records.new("m", known[name], 128, "layers", {}), layer)
+        answers = [[{"depth": d, "tokens": 1.0, "exact": 1.0, "loss": 0.1} for d in tasks.DEPTHS]]
+        records.add(Records.new("m", known[name], 128, "recall", {"task": "needle", "length": 1024, "seeds": 1}), answers)
+    return records
+
+
+def test_the_report_regenerates_from_the_records(tmp_path):
+    written = report.write(fake_records(tmp_path), tmp_path)
+    assert {p.name for p in written} == {"table.md", "pareto.png", "layers.png", "recall.png"}
+    table = (tmp_path / "table.md").read_text()
+    assert "| oscar | 90 | 2.81 | 5.69x |" in table and "100.0" in table
+    report.write(Records(tmp_path), tmp_path)
+    assert (tmp_path / "table.md").read_text() == table
+
+
+def test_records_resume_and_survive_an_interruption(tmp_path):
+    count = len(fake_records(tmp_path).all)
+    with (tmp_path / "records.jsonl").open("a") as file:
+        file.write('{"model": "m", "meth')
+    records = Records(tmp_path)
+    assert len(records.all) == count
+    known = Records.new("m", methods.registry()["oscar"], 128, "text", {"documents": 2, "length": 512, "from": 256})
+    assert known in records
+    assert known | {"definition": "another"} not in records
