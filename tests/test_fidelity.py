@@ -24,7 +24,7 @@ from vllm_oscar.reference import encode_pages  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "examples" / "demo_model"
-IDENTITY = methods.Method("identity", "test", lambda key, value, first: (key.float(), value.float()), lambda dim: 4.0 * dim)
+IDENTITY = methods.Method("identity", "test", lambda key, value, first: (key, value), lambda dim: 4.0 * dim)
 
 
 def tiny_model(attn: str) -> torch.nn.Module:
@@ -211,7 +211,8 @@ def fake_records(folder: Path) -> Records:
         layer = [[{"layer": n, "error": 0.1, "kl": 0.01} for n in range(2)]]
         records.add(Records.new("m", known[name], 128, "layers", {}), layer)
         answers = [[{"depth": d, "tokens": 1.0, "exact": 1.0, "loss": 0.1} for d in tasks.DEPTHS]]
-        records.add(Records.new("m", known[name], 128, "recall", {"task": "needle", "length": 1024, "seeds": 1}), answers)
+        settings = {"task": "needle", "length": 1024, "seeds": 1}
+        records.add(Records.new("m", known[name], 128, "recall", settings), answers)
     return records
 
 

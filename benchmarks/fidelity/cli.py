@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import torch
 import transformers
@@ -14,14 +14,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from . import measures, methods, report as reporting, tasks
+from . import measures, methods, tasks
+from . import report as reporting
 from .records import Records
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 transformers.utils.logging.disable_progress_bar()
 console = Console(stderr=True)
 
-MEASURES = ("text", "layers", "recall", "greedy", "norms")
+MEASURES = ("text", "norms", "layers", "recall", "greedy")
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,14 @@ class Plan:
 
 QUICK = Plan(documents=2, length=1024, seeds=1, recall_lengths=(1024,), prompt=256, generated=64, texts=2)
 
-Models = Annotated[list[str], typer.Option("--model", help="Folder of a causal LM (Llama, Qwen3, Mistral layouts). May be repeated.")]
+Models = Annotated[
+    list[str], typer.Option("--model", help="Folder of a causal LM (Llama, Qwen3, Mistral layouts). May be repeated.")
+]
 Out = Annotated[Path, typer.Option(help="Results folder; what it already holds is not measured again.")]
-Texts = Annotated[Optional[list[Path]], typer.Option("--text", help="Folder with text. [default: held-out files of the running Python's library]")]
+Texts = Annotated[
+    list[Path] | None,
+    typer.Option("--text", help="Folder with text. [default: held-out files of the running Python's library]"),
+]
 Methods = Annotated[str, typer.Option(help="'main', 'all' (with ablations), 'grid', or names, comma-separated.")]
 
 
@@ -76,12 +82,12 @@ def run(
     out: Out = Path("fidelity"),
     method: Methods = "all",
     measure: Annotated[str, typer.Option(help="Which measures, comma-separated.")] = ",".join(MEASURES),
-    quick: Annotated[bool, typer.Option("--quick", help="Two short documents, one seed: a check in a few minutes.")] = False,
-    documents: Annotated[Optional[int], typer.Option(help="Documents of text and of layer errors.")] = None,
-    length: Annotated[Optional[int], typer.Option(help="Their tokens.")] = None,
-    seeds: Annotated[Optional[int], typer.Option(help="Recall documents per length and task.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Two short documents and one seed: a first look.")] = False,
+    documents: Annotated[int | None, typer.Option(help="Documents of text and of layer errors.")] = None,
+    length: Annotated[int | None, typer.Option(help="Their tokens.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Recall documents per length and task.")] = None,
     text: Texts = None,
-    device: Annotated[Optional[str], typer.Option(help="cpu or cuda. [default: cuda if there is one]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda if there is one]")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's choice.")] = 0,
 ):
     """Measure methods on models, through transformers."""
@@ -158,8 +164,9 @@ def _recall_jobs(lab, chosen, main, plan, records):
                 settings = {"task": task, "length": length, "seeds": plan.seeds}
                 record = Records.new(lab.name, m, lab.head_dim, "recall", settings)
                 if record not in records:
-                    yield f"recall, {task} at {length}, {record['method']}", lambda m=m, r=record, task=task, n=length: (
-                        records.add(r, measures.recall(lab, m, task, n, plan.seeds))
+                    label = f"recall, {task} at {length}, {record['method']}"
+                    yield label, lambda m=m, record=record, task=task, length=length: records.add(
+                        record, measures.recall(lab, m, task, length, plan.seeds)
                     )
 
 
@@ -191,7 +198,9 @@ _JOBS = {"text": _text_jobs, "layers": _layer_jobs, "recall": _recall_jobs, "gre
 def vllm(
     model: Models,
     out: Out = Path("fidelity"),
-    dtype: Annotated[str, typer.Option(help="KV-cache dtypes, comma-separated; 'auto' is the reference.")] = "auto,oscar,oscar_small,oscar_large,oscar_paper",
+    dtype: Annotated[str, typer.Option(help="KV-cache dtypes, comma-separated. 'auto' is always measured.")] = ",".join(
+        methods.PRESETS
+    ),
     documents: Annotated[int, typer.Option(help="Documents of text.")] = 4,
     length: Annotated[int, typer.Option(help="Their tokens, and those of recall documents.")] = 1536,
     seeds: Annotated[int, typer.Option(help="Recall documents per task.")] = 4,

@@ -12,12 +12,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import cache
+from itertools import product
 from pathlib import Path
 
 import torch
 
-from vllm_oscar.config import PAGE_TOKENS, PRESETS, WINDOW_TOKENS, NormScope, OscarConfig, ParamType
+from vllm_oscar.config import PRESETS, WINDOW_TOKENS, NormScope, OscarConfig, ParamType
 from vllm_oscar.format import PageFormat
 from vllm_oscar.hadamard import rotate, unrotate
 from vllm_oscar.reference import decode_pages, encode_pages
@@ -123,7 +124,7 @@ _CODEBOOKS = Path(__file__).with_name("turboquant_codebooks.json")
 TURBOQUANT_PRESETS = {"turboquant_4bit_nc": (4, 4), "turboquant_k3v4_nc": (3, 4), "turboquant_3bit_nc": (3, 3)}
 
 
-@lru_cache(maxsize=None)
+@cache
 def turboquant_centroids(head_dim: int, bits: int) -> torch.Tensor:
     """vLLM's codebook. Where vLLM is not installed, its values as saved beside this file."""
     try:
@@ -214,7 +215,7 @@ def _ablations() -> list[Method]:
         change(best, "value g32", value_group=32),
         change(best, "value g64", value_group=64),
         *(change(best, f"key clip {c}", key_clip=c) for c in (0.85, 0.9, 0.95, 1.0) if c != best.key_clip),
-        *(change(best, f"value clip {c}", value_clip=c) for c in (0.65, 0.7, 0.75, 0.8, 0.9, 1.0) if c != best.value_clip),
+        *(change(best, f"value clip {c}", value_clip=c) for c in (0.65, 0.75, 0.85, 1.0) if c != best.value_clip),
         change(small, "no window", recent_window=False),
         change(small, "no first key", exact_first_key=False),
         change(small, "no norm", norm=none),
@@ -222,26 +223,19 @@ def _ablations() -> list[Method]:
     ]
 
 
-GRID_PREFIX = "grid:"
-
-
 def grid() -> list[Method]:
     """Configurations for the Pareto front: bits against loss."""
+    key_clips = {2: (0.75, 0.8, 0.85, 0.9, 0.95), 3: (0.85, 0.9, 0.95, 1.0), 4: (0.95, 1.0)}
+    key_params = ((32, ParamType.E4M3), (64, ParamType.E4M3), (64, ParamType.FP16))
+    rest = ((NormScope.HEAD, 256, 0.7), (NormScope.HEAD, 64, 0.8), (NormScope.NONE, 256, 0.7))
     methods = []
-    clips = {2: (0.7, 0.75, 0.8, 0.85, 0.9), 3: (0.85, 0.9, 0.95, 1.0), 4: (0.95, 1.0)}
-    for bits, key_clips in clips.items():
-        for group, param in ((32, "e4m3"), (64, "e4m3"), (64, "fp16")):
-            for key_clip in key_clips:
-                for value_group, value_clip in ((256, 0.7), (64, 0.8)):
-                    name = f"{GRID_PREFIX}k{bits} g{group} {param} c{key_clip} v{value_group} c{value_clip}"
-                    methods.append(
-                        oscar(
-                            OscarConfig(
-                                name, bits, group, value_group, ParamType(param), key_clip=key_clip, value_clip=value_clip
-                            ),
-                            family="grid",
-                        )
-                    )
+    for bits, clips in key_clips.items():
+        for (group, param), clip, (norm, value_group, value_clip) in product(key_params, clips, rest):
+            name = f"k{bits} g{group} {param.value} {clip} v{value_group} {value_clip} norm {norm.value}"
+            config = OscarConfig(
+                name, bits, group, value_group, param, norm=norm, key_clip=clip, value_clip=value_clip
+            )
+            methods.append(oscar(config, family="grid"))
     return methods
 
 
@@ -256,5 +250,3 @@ MAIN = (
     "oscar_paper oscar oscar_small oscar_large"
 ).split()
 """The methods of the main table; the others are ablations and the grid."""
-
-assert PAGE_TOKENS == 128  # KIVI's residual and every method's block

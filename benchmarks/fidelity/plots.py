@@ -16,14 +16,15 @@ from .records import Records  # noqa: E402
 
 _COLOURS = {
     "16 bit": "black", "fp8": "dimgray", "int4": "tab:brown", "TurboQuant": "tab:purple", "KIVI": "tab:orange",
-    "QuaRot": "tab:olive", "OScaR (paper)": "tab:red", "OScaR": "tab:blue", "ablation": "lightsteelblue", "grid": "lightgray",
+    "QuaRot": "tab:olive", "OScaR (paper)": "tab:red", "OScaR": "tab:blue", "ablation": "lightsteelblue",
+    "grid": "lightgray",
 }
 
 
 def write(records: Records, folder: Path) -> list[Path]:
     """All figures that the records allow."""
     models = list(dict.fromkeys(r["model"] for r in records.all))
-    figures = {"pareto": _pareto(records, models), "layers": _layers(records, models), "recall": _recall(records, models)}
+    figures = {draw.__name__.strip("_"): draw(records, models) for draw in (_pareto, _layers, _recall)}
     figures |= {f"norms-{model}": _norms(records, model) for model in models}
     paths = []
     for name, figure in figures.items():
@@ -89,22 +90,25 @@ def _recall(records: Records, models: list[str]):
     figure, axes = plt.subplots(
         len(rows), len(names), figsize=(1.5 * len(names), 1.6 * len(rows)), squeeze=False, layout="constrained"
     )
-    for line, (model, task) in zip(axes, rows, strict=True):
-        for axis, name in zip(line, names, strict=True):
+    for i, (model, task) in enumerate(rows):
+        for j, name in enumerate(names):
+            axis = axes[i][j]
             cells: dict[tuple[int, float], list[float]] = {}
             for record in found:
                 if (record["model"], record["settings"]["task"], record["method"]) == (model, task, name):
+                    length = record["settings"]["length"]
                     for question in (q for document in record["values"] for q in document):
-                        cells.setdefault((record["settings"]["length"], question["depth"]), []).append(question["exact"])
+                        cells.setdefault((length, question["depth"]), []).append(question["exact"])
             lengths, depths = sorted({k[0] for k in cells}), sorted({k[1] for k in cells})
             grid = [[100 * mean(cells[n, d]) if (n, d) in cells else float("nan") for n in lengths] for d in depths]
             if grid:
                 image = axis.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
                 axis.set_xticks(range(len(lengths)), [f"{n // 1024}k" for n in lengths], fontsize=6)
-                axis.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths] if axis is line[0] else [], fontsize=6)
-            if line is axes[0]:
+                labels = [f"{d:.0%}" if j == 0 else "" for d in depths]
+                axis.set_yticks(range(len(depths)), labels, fontsize=6)
+            if i == 0:
                 axis.set_title(name, fontsize=7)
-        line[0].set_ylabel(f"{model}\n{task}", fontsize=7)
+        axes[i][0].set_ylabel(f"{model}\n{task}", fontsize=7)
     figure.colorbar(image, ax=axes, shrink=0.4, label="exact answers, %")
     return figure
 

@@ -83,7 +83,7 @@ def _text_rows(records: Records, model: str, chosen: list[dict], measure: str) -
 
 
 def markdown(records: Records) -> str:
-    parts = ["# Fidelity\n", "Written by `python -m benchmarks.fidelity report`; see docs/fidelity.md for what the columns mean."]
+    parts = ["# Fidelity", "By `python -m benchmarks.fidelity report`; docs/fidelity.md says what the columns mean."]
     for model in dict.fromkeys(r["model"] for r in records.all):
         chosen = records.current("text", model=model)
         for title, family in (("", None), (": ablations", "ablation"), (": grid", "grid")):
@@ -100,7 +100,8 @@ def markdown(records: Records) -> str:
                 rows = [row | _columns(records, model, row["method"]) for row in rows]
                 rows[0] = {name: rows[0].get(name, "") for name in [*order, *rows[0]]}
             s = part[0]["settings"]
-            parts.append(f"## {model}{title}\n\n{s['documents']} documents of {s['length']} tokens, head_dim {part[0]['head_dim']}.\n\n{_table(rows)}")
+            head = f"{s['documents']} documents of {s['length']} tokens, head_dim {part[0]['head_dim']}."
+            parts.append(f"## {model}{title}\n\n{head}\n\n{_table(rows)}")
         through = records.current("text through vLLM", model=model)
         if through:
             rows = _text_rows(records, model, through, "text through vLLM")
@@ -109,10 +110,11 @@ def markdown(records: Records) -> str:
                     documents = [100 * mean(q["exact"] for q in document) for document in record["values"]]
                     row[f"{record['settings']['task']} %"] = _pm(documents, 1)
             s = through[0]["settings"]
-            parts.append(
-                f"## {model}: through vLLM\n\n{s['documents']} documents of {s['length']} tokens, prefilled in chunks of "
-                f"{s['chunk']}; bf16, so `auto` against itself is 0.\n\n{_table(rows)}"
+            head = (
+                f"{s['documents']} documents of {s['length']} tokens, prefilled in chunks of {s['chunk']}; "
+                "the model computes in bf16 and `auto` is the reference."
             )
+            parts.append(f"## {model}: through vLLM\n\n{head}\n\n{_table(rows)}")
     return "\n\n".join(parts) + "\n"
 
 

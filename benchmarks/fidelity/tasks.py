@@ -95,7 +95,7 @@ class Tasks:
         """``[count, length]`` consecutive stretches of text, each after a BOS."""
         room = length - len(self.bos)
         if count * room > len(self.stream):
-            raise ValueError(f"{count} documents of {length} tokens need more text than the {len(self.stream)} tokens given")
+            raise ValueError(f"{count} documents of {length} tokens do not fit {len(self.stream)} tokens of text")
         rows = self.stream[: count * room].reshape(count, room)
         return torch.from_numpy(np.concatenate([np.tile(self.bos, (count, 1)).astype(np.int64), rows], 1))
 

@@ -91,7 +91,8 @@ def measure(models: list[str], dtypes: list[str], plan: Plan, texts: list[str], 
             bar.update(task_bar, description=f"{Path(path).name} through vLLM: {dtype}")
             engine = Engine(path, dtype, plan)
             tasks = Tasks(engine.tokenizer, texts)
-            prompts = {("text", str(i)): (tokens, []) for i, tokens in enumerate(tasks.documents(plan.documents, plan.length))}
+            documents = tasks.documents(plan.documents, plan.length)
+            prompts = {("text", str(i)): (tokens, []) for i, tokens in enumerate(documents)}
             for task in FORMS:
                 for seed in range(plan.seeds):
                     prompts[task, str(seed)] = tasks.recall(seed, plan.length, task)
