@@ -152,9 +152,11 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     return tl.bfloat16 if dtype == torch.bfloat16 and not is_interpreted() else tl.float32
 
 
-def has_subnormals() -> bool:
-    """Whether fp16 subnormal operands survive the matrix unit."""
-    return torch.version.hip is None
+def codes_mode() -> int:
+    """CODES of :func:`slot_codes`: AMD's matrix units may flush fp16 subnormals."""
+    if torch.version.hip is not None:
+        return 0
+    return 1 if is_interpreted() else 2
 
 
 # ---- device code ----------------------------------------------------------------------
@@ -186,27 +188,63 @@ def as_pointer(base, offset, element: tl.constexpr):
 
 
 @triton.jit
-def e4m3_to_float(byte):
-    """Bits of a float8 e4m3 number (not NaN) to float32, on every architecture."""
+def e4m3_to_half(byte):
+    """Bits of a float8 e4m3 number (not NaN) to fp16, on every architecture."""
     bits = byte.to(tl.uint16)
     half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
-    return half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return half.to(tl.uint16).to(tl.float16, bitcast=True) * 256.0
 
 
 @triton.jit
-def load_key_params(page, index, F: tl.constexpr, mask):
-    """Element ``index`` of ``k_params``, as float32."""
+def load_key_params(page, base, cell, half, F: tl.constexpr, mask):
+    """Of the parameter row at element ``base``: key columns j1 = 0, j1 = 1, and the latter exchanged.
+
+    ``cell``, ``half``: of every column, (t, tile) and half. fp16, which is exact.
+    """
     if F.FP16_PARAMS:
-        value = tl.load(as_pointer(page, F.K_PARAMS, tl.float16) + index, mask=mask, other=0.0)
-        return value.to(tl.float32)
-    else:
-        return e4m3_to_float(tl.load(page + F.K_PARAMS + index, mask=mask, other=0))
+        row = as_pointer(page, F.K_PARAMS, tl.float16) + base + 4 * cell
+        first = tl.load(row + half, mask=mask, other=0.0)
+        second = tl.load(row + 2 + half, mask=mask, other=0.0)
+        exchanged = tl.load(row + 3 - half, mask=mask, other=0.0)
+        return first, second, exchanged
+    else:  # one word holds both halves of both columns
+        words = tl.load(as_pointer(page + base, F.K_PARAMS, tl.uint32) + cell, mask=mask, other=0)
+        shift = (8 * half).to(tl.uint32)
+        return (
+            e4m3_to_half((words >> shift) & 0xFF),
+            e4m3_to_half((words >> (shift + 16)) & 0xFF),
+            e4m3_to_half((words >> (24 - shift)) & 0xFF),
+        )
 
 
 @triton.jit
-def codes_to_half(bits, SUBNORMAL: tl.constexpr):
-    """Masked 16-bit halves to fp16: ``bits * 2**-24``, or ``bits`` without subnormals."""
-    if SUBNORMAL:
+def slot_codes(words, SHIFT: tl.constexpr, MASK: tl.constexpr, UP: tl.constexpr, CODES: tl.constexpr):
+    """``((words >> SHIFT) & MASK) << UP`` as fp16: that integer, times 2**-24 if CODES is not 0.
+
+    CODES: 0 portable, 1 subnormals, 2 subnormals, two at a time in PTX.
+    """
+    if CODES == 2:
+        # bits that cross from one half into the other are masked
+        WIDE_MASK: tl.constexpr = MASK * 65537
+        return tl.inline_asm_elementwise(
+            f"{{ .reg .b32 t; shr.b32 t, $1, {SHIFT}; and.b32 t, t, {WIDE_MASK}; shl.b32 $0, t, {UP}; }}",
+            "=r,r",
+            [words],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        bits = words >> SHIFT if SHIFT else words
+        bits = bits & MASK
+        bits = bits << UP if UP else bits
+        return codes_to_half(bits.to(tl.uint16), CODES)
+
+
+@triton.jit
+def codes_to_half(bits, CODES: tl.constexpr):
+    """Masked 16-bit halves to fp16, see :func:`slot_codes`."""
+    if CODES:
         return bits.to(tl.float16, bitcast=True)
     else:
         return (bits | 0x6400).to(tl.uint16).to(tl.float16, bitcast=True) - 1024.0
@@ -214,12 +252,21 @@ def codes_to_half(bits, SUBNORMAL: tl.constexpr):
 
 @triton.jit
 def half_dot(a, b, acc, PRECISE: tl.constexpr):
-    """``acc + a @ b`` with float32 ``a`` and fp16 ``b``; PRECISE splits ``a`` in two halves."""
+    """``acc + a @ b`` with fp16 ``b``; PRECISE splits a float32 ``a`` in two halves."""
     high = a.to(tl.float16)
     acc = tl.dot(high, b, acc)
     if PRECISE:
         acc = tl.dot((a - high.to(tl.float32)).to(tl.float16), b, acc)
     return acc
+
+
+@triton.jit
+def dot_vector(q0, q1, x0, x1, HALF_PAD: tl.constexpr, PRECISE: tl.constexpr):
+    """``q0 @ x0 + q1 @ x1`` with vectors x; as a product, it needs the queries in no second layout."""
+    acc = tl.zeros([q0.shape[0], 8], tl.float32)
+    acc = half_dot(q0, tl.broadcast_to(x0[:, None], [HALF_PAD, 8]), acc, PRECISE)
+    acc = half_dot(q1, tl.broadcast_to(x1[:, None], [HALF_PAD, 8]), acc, PRECISE)
+    return tl.max(acc, 1)
 
 
 @triton.jit
@@ -236,62 +283,99 @@ def column_offsets(F: tl.constexpr):
 
 
 @triton.jit
-def slot_of(r, j, FOLD: tl.constexpr, PART: tl.constexpr):
-    """Slot coordinates (r, j) of the tokens of a subset; ``r``, ``j``: those that vary inside its tile."""
+def slot_of(tile16, FOLD: tl.constexpr, PART: tl.constexpr):
+    """16-token tile and slot j at which a subset starts, ``tile16`` being its group's first tile."""
     if FOLD == 1:
-        return r + PART // 2, j + PART % 2
+        return tile16 + PART // 2, PART % 2
     else:
-        return r + PART, j
+        return tile16 + PART, 0
 
 
 @triton.jit
 def subset_scores(
     words,  # [HALF_PAD, tokens]
-    high,  # the same of the high plane; 3-bit keys: already shifted to the block
+    high,  # words of the high plane; of 3-bit keys: [HALF_PAD, tokens / 2] for two blocks each
     qs0,
     qs1,
     qs2,
-    key_zero,
+    r,
+    j,
+    group,
+    F: tl.constexpr,
+    FOLD: tl.constexpr,
+    R: tl.constexpr,
+    J: tl.constexpr,
+    CODES: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
+    """``q * scale @ codes`` of one token subset, ``[rows, tokens]``, in units of ``4**-J`` and CODES."""
+    ROWS: tl.constexpr = qs0.shape[0]
+    s = tl.zeros([ROWS, words.shape[1]], tl.float32)
+    if FOLD == 1:
+        s = half_dot(qs0, slot_codes(words, 8 * R, 0x3 << (2 * J), 0, CODES), s, PRECISE)
+        s = half_dot(qs1, slot_codes(words, 8 * R, 0x30 << (2 * J), 0, CODES), s, PRECISE)
+    else:
+        low = (words >> (8 * (r + R) + 2 * j).to(tl.uint16)[None, :]).to(tl.uint16)
+        s = half_dot(qs0, slot_codes(low, 0, 0x3, 0, CODES), s, PRECISE)
+        s = half_dot(qs1, slot_codes(low, 0, 0x30, 0, CODES), s, PRECISE)
+    if F.KEY_BITS == 4:
+        s += high_scores(high, qs0, qs1, qs2, r, j, F, FOLD, R, J, 3, 0, CODES, PRECISE)
+    if F.KEY_BITS == 3:
+        if F.KEY_GROUP == 32:
+            own = (high >> (group % 2).to(tl.uint16)).to(tl.uint16)
+            s += high_scores(own, qs0, qs1, qs2, r, j, F, FOLD, R, J, 1, 0, CODES, PRECISE)
+        else:
+            SLOTS: tl.constexpr = 8 * FOLD
+            even = high_scores(high, qs0, qs1, qs2, r, j, F, FOLD, R, J, 1, 0, CODES, PRECISE)
+            odd = high_scores(high, qs0, qs1, qs2, r, j, F, FOLD, R, J, 1, 1, CODES, PRECISE)
+            both = tl.join(even, odd)  # [rows, (pair, slot), block of the pair]
+            both = tl.permute(tl.reshape(both, [ROWS, high.shape[1] // SLOTS, SLOTS, 2]), [0, 1, 3, 2])
+            s += tl.reshape(both, [ROWS, words.shape[1]])
+    return s
+
+
+@triton.jit
+def high_scores(
+    high,
+    qs0,
+    qs1,
+    qs2,
     r,
     j,
     F: tl.constexpr,
     FOLD: tl.constexpr,
     R: tl.constexpr,
     J: tl.constexpr,
-    SUBNORMAL: tl.constexpr,
+    FIELD: tl.constexpr,  # bits of the block in a field of the high plane
+    B: tl.constexpr,  # and their position in it
+    CODES: tl.constexpr,
     PRECISE: tl.constexpr,
 ):
-    """``q * scale @ codes + q @ zero`` of one token subset: ``[rows, tokens]``."""
-    # bits of the high plane per code
-    HIGH: tl.constexpr = 3 if F.KEY_BITS == 4 else 1
+    """The high plane's part of :func:`subset_scores`. Its fields lie two bits above those of the codes.
+
+    A product of its own lets both planes go from memory to the operands unmixed. The plane
+    is rotated by two bits: its slot (r, j, j1) = (1, 1, 1) lies in the other half.
+    """
+    s = tl.zeros([qs0.shape[0], high.shape[1]], tl.float32)
     if FOLD == 1:
-        shifted = words >> (8 * R) if R else words
-    else:
-        shift = (8 * (r + R) + 2 * j).to(tl.uint16)[None, :]
-        shifted = words >> shift
-    bits0 = shifted & (0x3 << (2 * J))
-    bits1 = shifted & (0x30 << (2 * J))
-    if F.KEY_BITS > 2:
-        if FOLD == 1:
-            shifted = high >> (8 * R) if R else high
+        s = half_dot(qs0, slot_codes(high, 8 * R + B, FIELD << (2 * J + 2), 0, CODES), s, PRECISE)
+        if R == 1 and J == 1:
+            s = half_dot(qs2, slot_codes(high, B, FIELD, 6, CODES), s, PRECISE)
         else:
-            shifted = high >> shift
-        bits0 |= shifted & ((4 * HIGH) << (2 * J))
-        bits1 |= shifted & ((4 * HIGH) << (2 * J + 4))
-    s = tl.zeros([qs0.shape[0], words.shape[1]], tl.float32)
-    s = half_dot(qs0, codes_to_half(bits0.to(tl.uint16), SUBNORMAL), s, PRECISE)
-    s = half_dot(qs1, codes_to_half(bits1.to(tl.uint16), SUBNORMAL), s, PRECISE)
-    if F.KEY_BITS > 2:
-        # the high plane is rotated by two bits: its slot (r, j, j1) = (1, 1, 1) lies in the other half
-        if FOLD == 1:
-            if R == 1 and J == 1:
-                bits2 = (high & HIGH) << 6
-                s = half_dot(qs2, codes_to_half(bits2.to(tl.uint16), SUBNORMAL), s, PRECISE)
-        elif FOLD == 4 or R == 1:
-            wrapped = ((r + R) * j * HIGH).to(tl.uint16)[None, :]
-            bits2 = (high & wrapped) << 6
-            s = half_dot(qs2, codes_to_half(bits2.to(tl.uint16), SUBNORMAL), s, PRECISE)
-    return s * ((16777216.0 if SUBNORMAL else 1.0) / 4**J) + key_zero[:, None]
+            s = half_dot(qs1, slot_codes(high, 8 * R + B, FIELD << (2 * J + 6), 0, CODES), s, PRECISE)
+    else:
+        if F.KEY_BITS == 3 and F.KEY_GROUP > 32:  # tokens of both blocks share the tile
+            token = tl.arange(0, high.shape[1])
+            j = token // 8 % 2
+            r = token // 16 % 2 if FOLD == 4 else 0 * token
+        upper = (high >> (8 * (r + R) + 2 * j + B).to(tl.uint16)[None, :]).to(tl.uint16)
+        s = half_dot(qs0, slot_codes(upper, 0, FIELD << 2, 0, CODES), s, PRECISE)
+        # a shift by 10 leaves zeros where the slot is in the other half
+        s = half_dot(qs1, slot_codes(upper, 0, FIELD << 6, 0, CODES), s, PRECISE)
+        if FOLD == 4 or R == 1:
+            wrapped = (high >> B) & ((r + R) * j * FIELD).to(tl.uint16)[None, :]
+            s = half_dot(qs2, codes_to_half((wrapped << 6).to(tl.uint16), CODES), s, PRECISE)
+    return s
 
 
 @triton.jit
@@ -306,33 +390,30 @@ def add_subset_values(
     quad,  # and b, half in v_scale and v_zero
     r,
     j,
-    zero,
+    offsets,  # [rows, tokens]: sum of p * value zero over subsets
     acc0,
     acc1,
     F: tl.constexpr,
     FOLD: tl.constexpr,
     R: tl.constexpr,
     J: tl.constexpr,
-    SUBNORMAL: tl.constexpr,
+    CODES: tl.constexpr,
     PRECISE: tl.constexpr,
 ):
-    """``p @ values`` of one token subset into the accumulators of :func:`attend_page`."""
+    """``p @ values`` of one token subset into the accumulators of :func:`attend_group`."""
     VGROUPS: tl.constexpr = F.VALUE_GROUPS
-    if FOLD == 1:
-        shifted = words >> (8 * R) if R else words
-    else:
-        shifted = words >> (8 * (r + R) + 4 * j).to(tl.uint16)[:, None]
-    bits0 = (shifted & (0x3 << (4 * J))).to(tl.uint16)
-    bits1 = (shifted & (0xC << (4 * J))).to(tl.uint16)
+    if FOLD > 1:
+        words = (words >> (8 * (r + R) + 4 * j).to(tl.uint16)[:, None]).to(tl.uint16)
+    SHIFT: tl.constexpr = 8 * R if FOLD == 1 else 0
     if VGROUPS == 1:
         index = (tile16 * 4 + t) * 4 + quad
         vscale = tl.load(vscale_ptr + index, mask=valid, other=0.0).to(tl.float32)
         vzero = tl.load(vzero_ptr + index, mask=valid, other=0.0).to(tl.float32)
-        zero += tl.sum(p * vzero[None, :], 1)
+        offsets += p * vzero[None, :]
         # slots of token subset j = 1 hold code * 16
         weight = p * (vscale * (0.0625 if J else 1.0))[None, :]
-        acc0 = half_dot(weight, codes_to_half(bits0, SUBNORMAL), acc0, PRECISE)
-        acc1 = half_dot(weight, codes_to_half(bits1, SUBNORMAL), acc1, PRECISE)
+        acc0 = half_dot(weight, slot_codes(words, SHIFT, 0x3 << (4 * J), 0, CODES), acc0, PRECISE)
+        acc1 = half_dot(weight, slot_codes(words, SHIFT, 0xC << (4 * J), 0, CODES), acc1, PRECISE)
     else:  # scales and zeros vary along the channels: dequantize
         chunk, rest, width = column_offsets(F)
         is_column = tl.arange(0, F.HALF_PAD) < F.DIM // 2
@@ -343,11 +424,8 @@ def add_subset_values(
             zero_index = (tile16 * (16 * VGROUPS) + t * 4 + quad)[:, None] + 16 * vgroup[None, :]
             vscale = tl.load(vscale_ptr + scale_index, mask=in_page, other=0.0).to(tl.float32)
             vzero = tl.load(vzero_ptr + zero_index, mask=in_page, other=0.0).to(tl.float32)
-            if j0 == 0:
-                code = (bits0 >> (4 * J)).to(tl.float32)
-            else:
-                code = (bits1 >> (4 * J + 2)).to(tl.float32)
-            value = code * vscale + vzero
+            code = (words >> (SHIFT + 4 * J + 2 * j0)) & 3
+            value = code.to(tl.float32) * vscale + vzero
             rounded = value.to(tl.float16)
             left = half_dot(p, rounded, tl.zeros_like(acc0), PRECISE)
             if PRECISE:
@@ -356,15 +434,17 @@ def add_subset_values(
                 acc0 += left
             else:
                 acc1 += left
-    return zero, acc0, acc1
+    return offsets, acc0, acc1
 
 
 @triton.jit
-def attend_page(
-    page,  # byte pointer of this page and head
-    page_index,  # of the sequence
-    limit,  # tokens of this page that are read from it, >= 1
-    q0,  # [rows, HALF_PAD] float32: rotated query, key columns j1 = 0, |q| <= 1
+def attend_group(
+    pages_ptr,  # byte pointer, head added
+    page_stride,
+    table_ptr,  # block table of the request
+    index,  # of the key group in the sequence
+    end,  # tokens of the sequence that are read from pages, > the group's first
+    q0,  # [rows, HALF_PAD] fp16 (PRECISE: float32) rotated query, key columns j1 = 0, |q| <= 1
     q1,  # the same for j1 = 1
     q2,  # q1 with even and odd columns exchanged (keys of more than 2 bits)
     row_scale,  # [rows]: factor of the logits, in powers of two
@@ -375,10 +455,10 @@ def attend_page(
     acc1,
     F: tl.constexpr,
     FOLD: tl.constexpr,  # how many of the four slots (r, j) one tile covers: 1, 2 or 4
-    SUBNORMAL: tl.constexpr,
+    CODES: tl.constexpr,
     PRECISE: tl.constexpr,
 ):
-    """One page: logits, online softmax and weighted values, in the rotated space."""
+    """One key group: logits, online softmax and weighted values, in the rotated space."""
     DIM: tl.constexpr = F.DIM
     HALF: tl.constexpr = F.DIM // 2
     HALF_PAD: tl.constexpr = F.HALF_PAD
@@ -387,9 +467,12 @@ def attend_page(
     BLOCKS: tl.constexpr = F.KEY_GROUP // 32
     SUBSET: tl.constexpr = 8 * BLOCKS * FOLD
     GROUPS: tl.constexpr = 128 // F.KEY_GROUP
-    exact_page = False
-    if F.EXACT_FIRST:
-        exact_page = page_index == 0
+    UNIT: tl.constexpr = 16777216.0 if CODES else 1.0
+    group = index % GROUPS
+    page_index = index // GROUPS
+    limit = end - page_index * 128
+    page = pages_ptr + tl.load(table_ptr + page_index).to(tl.int64) * page_stride
+    exact_page = page_index == 0
 
     column = tl.arange(0, HALF_PAD)
     is_column = column < HALF
@@ -399,17 +482,32 @@ def attend_page(
     key_column = 256 * chunk + rest
     t = rest // (2 * width)
     tile = 4 * chunk + rest % (2 * width) // 2
-    param = (t * TILES + tile) * 4 + rest % 2
+    cell = t * TILES + tile
+    half = rest % 2
     # values: word halves are [chunk][g][t][tile][half]
     g_of_column = rest // width
     value_column = 256 * chunk + g_of_column * 8 * width + 2 * (rest % width)
     value_step = 2 * width
 
+    # tokens of a subset; what depends on group and part alone is added to scalars, which saves registers
     token = tl.arange(0, SUBSET)
     g = token % 8
     j = token // 8 % 2 if FOLD > 1 else 0 * token
     r = token // 16 % 2 if FOLD == 4 else 0 * token
-    block_in_group = token // (8 * FOLD)
+    block = token // (8 * FOLD)
+    tile16 = 2 * block + r
+    position = 16 * tile16 + 8 * j + g
+    norm_offset = 16 * tile16 + 2 * g + j
+    quad = 2 * j + g % 2
+    word_offset = (block * 64 * TILES)[None, :] + key_column[:, None] + key_step[:, None] * g[None, :]
+    value_offset = (
+        (block * 64 * TILES + g % 2)[:, None] + value_column[None, :] + (g // 2)[:, None] * value_step[None, :]
+    )
+    high_offset = word_offset
+    if F.KEY_BITS == 3 and BLOCKS > 1:  # a word serves two blocks
+        pair_token = tl.arange(0, SUBSET // 2)
+        high_offset = (pair_token // (8 * FOLD) * 64 * TILES)[None, :] + key_column[:, None]
+        high_offset += key_step[:, None] * (pair_token % 8)[None, :]
     low_ptr = as_pointer(page, 0, tl.uint16)
     high_ptr = as_pointer(page, F.K_HIGH, tl.uint16)
     value_ptr = as_pointer(page, F.V_CODES, tl.uint16)
@@ -419,133 +517,118 @@ def attend_page(
 
     if F.EXACT_FIRST:
         exact = tl.zeros_like(row_scale)
-        if exact_page:
+        has_exact = exact_page & (group == 0)
+        if has_exact:
             first_ptr = as_pointer(page, F.K_PARAMS + 2 * DIM * (2 if F.FP16_PARAMS else 1), tl.float16)
-            first0 = tl.load(first_ptr + param, mask=is_column, other=0.0).to(tl.float32)
-            first1 = tl.load(first_ptr + param + 2, mask=is_column, other=0.0).to(tl.float32)
-            exact = tl.sum(q0 * first0[None, :] + q1 * first1[None, :], 1)
+            first0 = tl.load(first_ptr + 4 * cell + half, mask=is_column, other=0.0)
+            first1 = tl.load(first_ptr + 4 * cell + 2 + half, mask=is_column, other=0.0)
+            exact = dot_vector(q0, q1, first0, first1, HALF_PAD, PRECISE) * row_scale
 
-    for group in tl.static_range(GROUPS):
-        param_base = group * 2 * DIM
+    param_base = group * 2 * DIM
+    if F.EXACT_FIRST:
+        param_base = tl.where(exact_page, 0, param_base)
+    scale0, scale1, scale2 = load_key_params(page, param_base, cell, half, F, is_column)
+    zero0, zero1, _ = load_key_params(page, param_base + DIM, cell, half, F, is_column)
+    key_zero = dot_vector(q0, q1, zero0, zero1, HALF_PAD, PRECISE) * row_scale
+    qs0 = q0 * scale0.to(q0.dtype)[None, :]
+    qs1 = q1 * (scale1.to(q0.dtype) * 0.0625)[None, :]  # slots j1 = 1 hold code * 16
+
+    words = tl.load(low_ptr + group * (BLOCKS * 64 * TILES) + word_offset, mask=is_column[:, None], other=0)
+    high = words
+    qs2 = qs1
+    if F.KEY_BITS > 2:
+        high_block = (group * BLOCKS) // 2 if F.KEY_BITS == 3 else group * BLOCKS
+        high = tl.load(high_ptr + high_block * (64 * TILES) + high_offset, mask=is_column[:, None], other=0)
+        # the wrapped slot is read as high * 64, in units of 4 * 4**j
+        qs2 = q2 * (scale2.to(q0.dtype) * (0.25 if FOLD == 1 else 0.0625))[None, :]
+
+    # logits of the four (or fewer) subsets
+    scores = ()
+    best = tl.full([q0.shape[0], SUBSET], float("-inf"), tl.float32)
+    for part in tl.static_range(PARTS):
+        s = subset_scores(
+            words,
+            high,
+            qs0,
+            qs1,
+            qs2,
+            r,
+            j,
+            group,
+            F,
+            FOLD,
+            part // 2 if FOLD == 1 else part,
+            part % 2 if FOLD == 1 else 0,
+            CODES,
+            PRECISE,
+        )
+        unit = row_scale * (UNIT / (4 ** (part % 2) if FOLD == 1 else 1))
+        s = s * unit[:, None] + key_zero[:, None]
         if F.EXACT_FIRST:
-            param_base = tl.where(exact_page, 0, param_base)
-        scale0 = load_key_params(page, param_base + param, F, is_column)
-        scale1 = load_key_params(page, param_base + param + 2, F, is_column)
-        zero0 = load_key_params(page, param_base + DIM + param, F, is_column)
-        zero1 = load_key_params(page, param_base + DIM + param + 2, F, is_column)
-        key_zero = tl.sum(q0 * zero0[None, :] + q1 * zero1[None, :], 1)
-        qs0 = q0 * scale0[None, :]
-        qs1 = q1 * (scale1 * 0.0625)[None, :]  # slots j1 = 1 hold code * 16
+            if part == 0:
+                s = tl.where((has_exact & (token == 0))[None, :], exact[:, None], s)
+        first16, first8 = slot_of(group * 2 * BLOCKS, FOLD, part)
+        valid = position < limit - 16 * first16 - 8 * first8
+        if F.HAS_NORM:
+            norm = tl.load(norm_ptr + (16 * first16 + first8) + norm_offset, mask=valid, other=0.0)
+            s = s * norm.to(tl.float32)[None, :]
+        s = tl.where(valid[None, :], s, float("-inf"))
+        best = tl.maximum(best, s)
+        scores = scores + (s,)
+    best = tl.maximum(peak, tl.max(best, 1))
 
-        block = group * BLOCKS + block_in_group
-        words = tl.load(
-            low_ptr + (block * 64 * TILES)[None, :] + key_column[:, None] + key_step[:, None] * g[None, :],
-            mask=is_column[:, None],
-            other=0,
+    # a whole group may lie beyond the limit before any token was seen
+    pivot = tl.where(best == float("-inf"), 0.0, best)
+    shrink = tl.exp2(peak - pivot)
+    peak = best
+    total = total * shrink
+    acc0 = acc0 * shrink[:, None]
+    acc1 = acc1 * shrink[:, None]
+    if F.VALUE_GROUPS == 1:
+        zero = zero * shrink
+
+    value_words = tl.load(
+        value_ptr + group * (BLOCKS * 64 * TILES) + value_offset, mask=is_column[None, :], other=0
+    )
+    weights = tl.zeros([q0.shape[0], SUBSET], tl.float32)
+    offsets = tl.zeros([q0.shape[0], SUBSET], tl.float32)
+    for part in tl.static_range(PARTS):
+        p = tl.exp2(scores[part] - pivot[:, None])
+        weights += p
+        first16, first8 = slot_of(group * 2 * BLOCKS, FOLD, part)
+        valid = position < limit - 16 * first16 - 8 * first8
+        first = 16 * F.VALUE_GROUPS * first16 + 2 * first8
+        offsets, acc0, acc1 = add_subset_values(
+            value_words,
+            p,
+            valid,
+            vscale_ptr + first,
+            vzero_ptr + first,
+            tile16,
+            g // 2,
+            quad,
+            r,
+            j,
+            offsets,
+            acc0,
+            acc1,
+            F,
+            FOLD,
+            part // 2 if FOLD == 1 else part,
+            part % 2 if FOLD == 1 else 0,
+            CODES,
+            PRECISE,
         )
-        high = words
-        qs2 = qs1
-        if F.KEY_BITS == 3:  # a word serves two blocks
-            high = tl.load(
-                high_ptr + (block // 2 * 64 * TILES)[None, :] + key_column[:, None] + key_step[:, None] * g[None, :],
-                mask=is_column[:, None],
-                other=0,
-            )
-            high = (high >> (block % 2).to(tl.uint16)[None, :]).to(tl.uint16)
-        if F.KEY_BITS == 4:
-            high = tl.load(
-                high_ptr + (block * 64 * TILES)[None, :] + key_column[:, None] + key_step[:, None] * g[None, :],
-                mask=is_column[:, None],
-                other=0,
-            )
-        if F.KEY_BITS > 2:
-            param2 = param_base + (t * TILES + tile) * 4 + 2 + (1 - rest % 2)
-            # the wrapped slot is read as high * 64, in units of 4 * 4**j
-            qs2 = q2 * (load_key_params(page, param2, F, is_column) * (0.25 if FOLD == 1 else 0.0625))[None, :]
-
-        # logits of the four (or fewer) subsets
-        scores = ()
-        best = peak
-        for part in tl.static_range(PARTS):
-            s = subset_scores(
-                words,
-                high,
-                qs0,
-                qs1,
-                qs2,
-                key_zero,
-                r,
-                j,
-                F,
-                FOLD,
-                part // 2 if FOLD == 1 else part,
-                part % 2 if FOLD == 1 else 0,
-                SUBNORMAL,
-                PRECISE,
-            )
-            if F.EXACT_FIRST:
-                if group == 0 and part == 0:
-                    s = tl.where((exact_page & (token == 0))[None, :], exact[:, None], s)
-            slot16, slot8 = slot_of(r, j, FOLD, part)
-            valid = 32 * block + 16 * slot16 + 8 * slot8 + g < limit
-            if F.HAS_NORM:
-                norm = tl.load(norm_ptr + (2 * block + slot16) * 16 + 2 * g + slot8, mask=valid, other=0.0)
-                s = s * norm.to(tl.float32)[None, :]
-            s = tl.where(valid[None, :], s * row_scale[:, None], float("-inf"))
-            best = tl.maximum(best, tl.max(s, 1))
-            scores = scores + (s,)
-
-        # a whole group may lie beyond the limit before any token was seen
-        pivot = tl.where(best == float("-inf"), 0.0, best)
-        shrink = tl.exp2(peak - pivot)
-        peak = best
-        total = total * shrink
-        acc0 = acc0 * shrink[:, None]
-        acc1 = acc1 * shrink[:, None]
-        if F.VALUE_GROUPS == 1:
-            zero = zero * shrink
-
-        value_words = tl.load(
-            value_ptr
-            + (block * 64 * TILES + g % 2)[:, None]
-            + value_column[None, :]
-            + (g // 2)[:, None] * value_step[None, :],
-            mask=is_column[None, :],
-            other=0,
-        )
-        for part in tl.static_range(PARTS):
-            p = tl.exp2(scores[part] - pivot[:, None])
-            total += tl.sum(p, 1)
-            slot16, slot8 = slot_of(r, j, FOLD, part)
-            valid = 32 * block + 16 * slot16 + 8 * slot8 + g < limit
-            zero, acc0, acc1 = add_subset_values(
-                value_words,
-                p,
-                valid,
-                vscale_ptr,
-                vzero_ptr,
-                2 * block + slot16,
-                g // 2,
-                slot8 * 2 + g % 2,
-                r,
-                j,
-                zero,
-                acc0,
-                acc1,
-                F,
-                FOLD,
-                part // 2 if FOLD == 1 else part,
-                part % 2 if FOLD == 1 else 0,
-                SUBNORMAL,
-                PRECISE,
-            )
+    total += tl.sum(weights, 1)
+    if F.VALUE_GROUPS == 1:
+        zero += tl.sum(offsets, 1)
     return peak, total, zero, acc0, acc1
 
 
 @triton.jit
-def rotated_output(zero, acc0, acc1, F: tl.constexpr, SUBNORMAL: tl.constexpr):
-    """Accumulators of :func:`attend_page` as unnormalised outputs in value columns j0 = 0, 1."""
-    UNIT: tl.constexpr = 16777216.0 if SUBNORMAL else 1.0
+def rotated_output(zero, acc0, acc1, F: tl.constexpr, CODES: tl.constexpr):
+    """Accumulators of :func:`attend_group` as unnormalised outputs in value columns j0 = 0, 1."""
+    UNIT: tl.constexpr = 16777216.0 if CODES else 1.0
     if F.VALUE_GROUPS == 1:
         column = tl.arange(0, F.HALF_PAD)
         offset = tl.where((column < F.DIM // 2)[None, :], zero[:, None], 0.0)
@@ -662,16 +745,18 @@ def attend_tail(
 
 
 @triton.jit
-def normalise_rows(q0, q1, logit_scale):
-    """Scale rows to at most 1, which keeps ``q * key scale`` inside fp16; returns the logit factors too."""
+def normalise_rows(q0, q1, q2, logit_scale, PRECISE: tl.constexpr):
+    """Scale rows to at most 1, which keeps ``q * key scale`` inside fp16.
+
+    Returns the queries of :func:`attend_group` and the factors of the logits.
+    """
     top = tl.maximum(tl.max(tl.abs(q0), 1), tl.max(tl.abs(q1), 1))
     top = tl.where(top > 0, top, 1.0)
-    return q0 / top[:, None], q1 / top[:, None], top * logit_scale
-
-
-@triton.jit
-def exchange_halves(q, HALF_PAD: tl.constexpr):
-    """Exchange even and odd columns."""
-    pairs = tl.reshape(q, [q.shape[0], HALF_PAD // 2, 2])
-    even, odd = tl.split(pairs)
-    return tl.reshape(tl.join(odd, even), [q.shape[0], HALF_PAD])
+    q0 = q0 / top[:, None]
+    q1 = q1 / top[:, None]
+    q2 = q2 / top[:, None]
+    if not PRECISE:
+        q0 = q0.to(tl.float16)
+        q1 = q1.to(tl.float16)
+        q2 = q2.to(tl.float16)
+    return q0, q1, q2, top * logit_scale

@@ -17,9 +17,8 @@ from vllm_oscar.format import PageFormat
 from vllm_oscar.ops import triton_common as common
 from vllm_oscar.ops.triton_common import (
     LOG2E,
-    attend_page,
+    attend_group,
     attend_tail,
-    exchange_halves,
     find_request,
     normalise_rows,
     rotated_output,
@@ -109,27 +108,27 @@ def decode_kernel(
     SPLITS: tl.constexpr,
     MAX_QUERY: tl.constexpr,  # requests with more tokens are left out; 0: none
     DOT: tl.constexpr,
-    SUBNORMAL: tl.constexpr,
+    CODES: tl.constexpr,
     PRECISE: tl.constexpr,
     FOLD: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     DIM_PAD: tl.constexpr = F.DIM_PAD
     HALF_PAD: tl.constexpr = F.HALF_PAD
-    index = tl.program_id(0)
+    program = tl.program_id(0)
     head = tl.program_id(1)
     split = tl.program_id(2)
     if BLOCKS_PER_REQUEST:
-        request = index // BLOCKS_PER_REQUEST
-        block = index % BLOCKS_PER_REQUEST
+        request = program // BLOCKS_PER_REQUEST
+        block = program % BLOCKS_PER_REQUEST
         begin = tl.load(query_start_ptr + request)
     else:
-        request = find_request(query_start_ptr, index, requests, BLOCK_Q)
+        request = find_request(query_start_ptr, program, requests, BLOCK_Q)
         begin = tl.load(query_start_ptr + request)
         if BLOCK_Q > 1:
-            block = index - (begin // BLOCK_Q + request)
+            block = program - (begin // BLOCK_Q + request)
         else:
-            block = index - begin
+            block = program - begin
     length = tl.load(query_start_ptr + request + 1) - begin
     if MAX_QUERY:
         if length > MAX_QUERY:
@@ -194,20 +193,24 @@ def decode_kernel(
         source = rotated_ptr + ((query_row * heads + query_head) * (2 * HALF_PAD))[:, None] + column[None, :]
         q0 = tl.load(source, mask=is_row[:, None], other=0.0)
         q1 = tl.load(source + HALF_PAD, mask=is_row[:, None], other=0.0)
-        q0, q1, row_scale = normalise_rows(q0, q1, logit_scale * F.ROTATION_SCALE)
         q2 = q1
         if F.KEY_BITS > 2:
-            q2 = exchange_halves(q1, HALF_PAD)
+            q2 = tl.load(source + (HALF_PAD + (column ^ 1) - column)[None, :], mask=is_row[:, None], other=0.0)
+        q0, q1, q2, row_scale = normalise_rows(q0, q1, q2, logit_scale * F.ROTATION_SCALE, PRECISE)
         zero = tl.zeros([BLOCK_M], tl.float32)
         acc0 = tl.zeros([BLOCK_M, HALF_PAD], tl.float32)
         acc1 = tl.zeros([BLOCK_M, HALF_PAD], tl.float32)
         table = block_table_ptr + request.to(tl.int64) * block_table_stride
         base = pages_ptr + head.to(tl.int64) * page_head_stride
-        for page in range(low, high):
-            peak, total, zero, acc0, acc1 = attend_page(
-                base + tl.load(table + page).to(tl.int64) * page_stride,
-                page,
-                tl.minimum(ring_begin - page * 128, 128),
+        GROUPS: tl.constexpr = 128 // F.KEY_GROUP
+        group_end = tl.minimum(high * GROUPS, (ring_begin + F.KEY_GROUP - 1) // F.KEY_GROUP)
+        for index in range(low * GROUPS, group_end):
+            peak, total, zero, acc0, acc1 = attend_group(
+                base,
+                page_stride,
+                table,
+                index,
+                ring_begin,
                 q0,
                 q1,
                 q2,
@@ -219,10 +222,10 @@ def decode_kernel(
                 acc1,
                 F,
                 FOLD,
-                SUBNORMAL,
+                CODES,
                 PRECISE,
             )
-        acc0, acc1 = rotated_output(zero, acc0, acc1, F, SUBNORMAL)
+        acc0, acc1 = rotated_output(zero, acc0, acc1, F, CODES)
         target = partial_ptr + (partial * (2 * HALF_PAD))[:, None] + column[None, :]
         tl.store(target, acc0, mask=is_row[:, None])
         tl.store(target + HALF_PAD, acc1, mask=is_row[:, None])
@@ -319,6 +322,11 @@ def fold_of(fmt: PageFormat) -> int:
     return 2 if fmt.config.key_group == 32 else 1
 
 
+def decode_warps(block_m: int, dim: int) -> int:
+    """As few as keep everything in registers: warps of one row tile share its accumulators' columns."""
+    return max(2 if dim <= 128 else 4, block_m // 16)
+
+
 def decode(
     out, query, key, value, pages, ring, block_table, ring_table, query_start_loc, seq_lens, ring_start,
     ring_pages, scale, fmt, *, mixed: bool,
@@ -329,8 +337,8 @@ def decode(
     group, device = query_heads // heads, query.device
     F = common.layout(fmt, key.element_size())
     half, full = common.padded(dim // 2), common.padded(dim)
-    typical = MAX_QUERY if mixed else -(-tokens // requests)
-    block_m = max(16, min(64, triton.next_power_of_2(group * min(typical, MAX_QUERY))))
+    typical = 1 if mixed else -(-tokens // requests)
+    block_m = max(16, min(64, triton.next_power_of_2(group * typical)))
     block_q = block_m // group
     if mixed:
         per_request = -(-MAX_QUERY // block_q)
@@ -396,11 +404,11 @@ def decode(
         splits,
         MAX_QUERY if mixed else 0,
         dot,
-        common.has_subnormals(),
+        common.codes_mode(),
         query.dtype == torch.float32,
         fold_of(fmt),
-        16 if full > 128 else 32,
-        num_warps=max(1, block_m // 16),
+        16,
+        num_warps=decode_warps(block_m, dim),
         num_stages=2,
     )
     combine_kernel[(rows, query_heads)](

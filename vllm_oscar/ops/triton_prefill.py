@@ -15,9 +15,8 @@ import triton.language as tl
 from vllm_oscar.ops import triton_common as common
 from vllm_oscar.ops.triton_common import (
     LOG2E,
-    attend_page,
+    attend_group,
     attend_tail,
-    exchange_halves,
     find_request,
     normalise_rows,
     rotated_output,
@@ -62,7 +61,7 @@ def prefill_kernel(
     BLOCK_Q: tl.constexpr,
     MIN_QUERY: tl.constexpr,  # requests with fewer tokens are left out
     DOT: tl.constexpr,
-    SUBNORMAL: tl.constexpr,
+    CODES: tl.constexpr,
     PRECISE: tl.constexpr,
     FOLD: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -70,12 +69,12 @@ def prefill_kernel(
     DIM: tl.constexpr = F.DIM
     DIM_PAD: tl.constexpr = F.DIM_PAD
     HALF_PAD: tl.constexpr = F.HALF_PAD
-    index = tl.program_id(0)
+    program = tl.program_id(0)
     head = tl.program_id(1)
-    request = find_request(query_start_ptr, index, requests, BLOCK_Q)
+    request = find_request(query_start_ptr, program, requests, BLOCK_Q)
     begin = tl.load(query_start_ptr + request)
     length = tl.load(query_start_ptr + request + 1) - begin
-    block = index - (begin // BLOCK_Q + request)
+    block = program - (begin // BLOCK_Q + request)
     if (length < MIN_QUERY) | (block < 0) | (block * BLOCK_Q >= length):
         return
     context = tl.load(seq_lens_ptr + request) - length
@@ -104,20 +103,23 @@ def prefill_kernel(
         key_table = key_table_ptr + channel[:, None] * HALF_PAD + column[None, :]
         q0 = tl.dot(query, tl.load(key_table).to(DOT), input_precision="ieee")
         q1 = tl.dot(query, tl.load(key_table + DIM_PAD * HALF_PAD).to(DOT), input_precision="ieee")
-        q0, q1, row_scale = normalise_rows(q0, q1, logit_scale * F.ROTATION_SCALE)
         q2 = q1
         if F.KEY_BITS > 2:
-            q2 = exchange_halves(q1, HALF_PAD)
+            exchanged = key_table + (DIM_PAD * HALF_PAD + (column ^ 1) - column)[None, :]
+            q2 = tl.dot(query, tl.load(exchanged).to(DOT), input_precision="ieee")
+        q0, q1, q2, row_scale = normalise_rows(q0, q1, q2, logit_scale * F.ROTATION_SCALE, PRECISE)
         zero = tl.zeros([BLOCK_M], tl.float32)
         acc0 = tl.zeros([BLOCK_M, HALF_PAD], tl.float32)
         acc1 = tl.zeros([BLOCK_M, HALF_PAD], tl.float32)
         table = block_table_ptr + request.to(tl.int64) * block_table_stride
         base = pages_ptr + head.to(tl.int64) * page_head_stride
-        for page in range(0, pages):
-            peak, total, zero, acc0, acc1 = attend_page(
-                base + tl.load(table + page).to(tl.int64) * page_stride,
-                page,
-                tl.minimum(ring_begin - page * 128, 128),
+        for index in range(0, (ring_begin + F.KEY_GROUP - 1) // F.KEY_GROUP):
+            peak, total, zero, acc0, acc1 = attend_group(
+                base,
+                page_stride,
+                table,
+                index,
+                ring_begin,
                 q0,
                 q1,
                 q2,
@@ -129,10 +131,10 @@ def prefill_kernel(
                 acc1,
                 F,
                 FOLD,
-                SUBNORMAL,
+                CODES,
                 PRECISE,
             )
-        acc0, acc1 = rotated_output(zero, acc0, acc1, F, SUBNORMAL)
+        acc0, acc1 = rotated_output(zero, acc0, acc1, F, CODES)
         # rotate back relative to the total, whose size fp16 cannot be trusted with
         norm = (1.0 / tl.maximum(total, 1.0e-30))[:, None]
         value_table = value_table_ptr + column[:, None] * DIM_PAD + channel[None, :]
@@ -227,7 +229,7 @@ def prefill(
         block_q,
         min_query,
         common.dot_dtype(query.dtype),
-        common.has_subnormals(),
+        common.codes_mode(),
         precise,
         4 if fmt.config.key_group <= 64 else 2,
         32,

@@ -55,7 +55,7 @@ def affine_params(low, high, LEVELS: tl.constexpr, clip, F: tl.constexpr, FP16: 
         scale = scale_bits.to(tl.float32)
     else:
         scale_bits = to_e4m3(scale)
-        scale = common.e4m3_to_float(scale_bits)
+        scale = common.e4m3_to_half(scale_bits).to(tl.float32)
     if F.INTEGER_ZERO:
         code = round_even(tl.minimum(tl.maximum(tl.div_rn(-low, tl.where(scale > 0, scale, 1.0)), -1.0), LEVELS + 1.0))
         code = tl.minimum(tl.maximum(code, 0.0), LEVELS)
@@ -65,7 +65,7 @@ def affine_params(low, high, LEVELS: tl.constexpr, clip, F: tl.constexpr, FP16: 
         zero = zero_bits.to(tl.float32)
     else:
         zero_bits = to_e4m3(zero)
-        zero = common.e4m3_to_float(zero_bits)
+        zero = common.e4m3_to_half(zero_bits).to(tl.float32)
     return scale_bits, zero_bits, scale, zero
 
 
