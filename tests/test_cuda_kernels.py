@@ -16,7 +16,8 @@ usable, reason = cuda.available()
 pytestmark = pytest.mark.skipif(not usable, reason=reason)
 
 CONTEXTS = [0, 1, 127, 128, 129, 255, 256, 300, 511, 1000, 2176, 4099]
-TOLERANCE = {torch.float16: 1.5e-3, torch.bfloat16: 8e-3}  # of a whole output row
+# Of a whole output row. Queries times key scales are rounded to fp16, so errors grow with the scores.
+TOLERANCE = {torch.float16: 6e-3, torch.bfloat16: 1e-2}
 
 # (dtype, query heads per KV head, longest query)
 SHAPES = [

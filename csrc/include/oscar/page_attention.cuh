@@ -48,7 +48,11 @@ OSCAR_DEVICE void attend_page(const uint8_t* page, bool first, int valid,
                               Accumulator<Layout::kTiles> (&acc)[NTiles], int lane) {
   constexpr int kTiles = Layout::kTiles, kChunks = Layout::kChunks, kValueGroups = Layout::kValueGroups;
   // Two 32-token blocks at a time give enough independent products to hide their latency.
+#ifdef OSCAR_BLOCKS
+  constexpr int kBlocks = OSCAR_BLOCKS;
+#else
   constexpr int kBlocks = NTiles * kTiles <= 8 ? 2 : 1;
+#endif
   const int g = lane >> 2, t = lane & 3;
   const bool one_group = Layout::kExactFirstKey && first;
 

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be guarded without a GPU: layouts, registers, spills, instructions."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_oscar.config import PRESETS, NormScope, ParamType
+from vllm_oscar.format import PageFormat, pack_codes
+
+ROOT = Path(__file__).parents[1]
+INCLUDE = f"-I{ROOT / 'csrc' / 'include'}"
+HEAD_DIMS = (64, 128, 256)
+ARCHS = ("80", "90a", "100a", "120")
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+
+
+# ---- layout ----------------------------------------------------------------------
+PRINT_LAYOUT = """
+#include <cstdio>
+#include "oscar/presets.cuh"
+template <class L> void print(const char* name) {
+  std::printf("%s %d %d %d %d %d %d %d %d %d %d %d\\n", name, L::kHeadDim, L::kKeyCodes, L::kKeyHigh, L::kValueCodes,
+              L::kKeyParams, L::kValueScale, L::kValueZero, L::kNorms, L::kPageBytes, L::kFirstKey, L::kRingTokens);
+}
+template <int D> void all() {
+  using P = oscar::Presets<D>;
+  print<typename P::Default>("oscar"); print<typename P::Small>("oscar_small");
+  print<typename P::Large>("oscar_large"); print<typename P::Paper>("oscar_paper");
+}
+int main() { all<64>(); all<128>(); all<256>(); }
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_layout_constants_match_the_format(tmp_path):
+    source = tmp_path / "layout.cpp"
+    source.write_text(PRINT_LAYOUT)
+    subprocess.run(["g++", "-std=c++17", INCLUDE, str(source), "-o", str(tmp_path / "layout")], check=True)
+    lines = subprocess.run([str(tmp_path / "layout")], check=True, capture_output=True, text=True).stdout.splitlines()
+    assert len(lines) == len(PRESETS) * len(HEAD_DIMS)
+    for line in lines:
+        name, *numbers = line.split()
+        dim, *found = map(int, numbers)
+        fmt = PageFormat.preset(name, dim)
+        names = ("k_codes", "k_high", "v_codes", "k_params", "v_scale", "v_zero", "norms")
+        expected = [fmt.sections[section].offset for section in names]
+        expected += [fmt.page_bytes, fmt.first_key.offset, fmt.ring_tokens_per_page(2)]
+        assert found == expected, (name, dim)
+
+
+def test_presets_cover_what_the_kernels_fold_away():
+    for config in PRESETS.values():
+        assert config.norm is not NormScope.NONE
+        assert config.key_param in (ParamType.E4M3, ParamType.FP16)
+
+
+# ---- fragments: fragments.cuh in PyTorch ---------------------------------------------
+def rotate_right(words: torch.Tensor, by: int) -> torch.Tensor:
+    return ((words >> by) | (words << (32 - by))) & 0xFFFFFFFF
+
+
+def subnormals(register: torch.Tensor) -> torch.Tensor:
+    """A register as the two fp16 numbers that the tensor core sees, in units of 2**-24."""
+    halves = torch.stack([register & 0xFFFF, register >> 16], -1).to(torch.int16).view(torch.float16)
+    return halves.double() * 2**24
+
+
+def fragment(low: torch.Tensor, high: torch.Tensor | None, bits: int, r: int) -> torch.Tensor:
+    """``[words, 4, 2]``: values of registers a0..a3, as KeyWord::fragment and two_bit_fragment make them."""
+    if bits == 2:
+        word = low >> 8 if r else low
+        registers = [word & (0x00030003 << 2 * slot) for slot in range(4)]
+    else:
+        even = (low & 0x33333333) | (high & 0xCCCCCCCC)
+        odd = (low & 0xCCCCCCCC) | (high & 0x33333333)
+        even, odd = (even >> 8, rotate_right(odd, 8)) if r else (even, odd)
+        mask = 0x00070007 if bits == 3 else 0x000F000F
+        registers = [even & mask, odd & (mask << 2), even & (mask << 4), odd & (mask << 6)]
+    return subnormals(torch.stack(registers, 1))
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("operand, bits", [("key", 2), ("key", 3), ("key", 4), ("value", 2)])
+def test_fragments_hold_the_codes(operand, bits, head_dim):
+    codes = torch.randint(0, 2**bits, (1, 128, head_dim), generator=torch.Generator().manual_seed(bits))
+    low, high = (plane[0].view(torch.int32).long() & 0xFFFFFFFF for plane in pack_codes(codes, bits, operand))
+    tiles, chunks = head_dim // 16, head_dim // 64
+    low = low.view(4, chunks, 32, 4)  # block, chunk, lane, tile % 4: load_words()
+    if bits > 2:
+        high = high.view(-1, chunks, 32, 4)
+    lane = torch.arange(32)
+    g, t = lane >> 2, lane & 3
+    for block in range(4):
+        for tile in range(tiles):
+            word = low[block, tile // 4, :, tile % 4]
+            upper = None
+            if bits == 3:
+                upper = rotate_right(high[block // 2, tile // 4, :, tile % 4], block & 1)
+            elif bits == 4:
+                upper = high[block, tile // 4, :, tile % 4]
+            for r in range(2):
+                values = fragment(word, upper, bits, r)
+                for j1 in range(2):
+                    for j0 in range(2):
+                        for half in range(2):
+                            row, k = 8 * j0 + g, 8 * j1 + 2 * t + half  # of the A operand
+                            if operand == "key":
+                                expected = codes[0, 32 * block + 16 * r + row, 16 * tile + k]
+                            else:
+                                expected = codes[0, 32 * block + 16 * r + k, 16 * tile + row]
+                            # rows 8..15 come out four times, k 8..15 sixteen times too large
+                            assert torch.equal(values[:, 2 * j1 + j0, half], expected.double() * 4**j0 * 16**j1)
+
+
+# ---- compiled code ---------------------------------------------------------------------
+def compile_cubin(source: str, arch: str, output: Path) -> dict[str, tuple[int, int]]:
+    """Registers and spilled bytes of every kernel."""
+    target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    command = ["nvcc", "-O3", "-std=c++17", "-cubin", "-Xptxas", "-v", target, INCLUDE]
+    done = subprocess.run(
+        [*command, str(ROOT / "csrc" / "cuda" / source), "-o", str(output)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, done.stderr
+    kernels = {}
+    for name, rest in re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry|\Z)", done.stderr, re.S):
+        spills = sum(map(int, re.findall(r"(\d+) bytes spill", rest)))
+        kernels[name] = int(re.search(r"Used (\d+) registers", rest)[1]), spills
+    return kernels
+
+
+def sources():
+    slow = pytest.mark.slow
+    for arch in ARCHS:
+        for name in ("attention_64.cu", "attention_128.cu", "attention_256.cu", "store.cu"):
+            everyday = (arch, name) in (("90a", "attention_128.cu"), ("80", "attention_128.cu"), ("120", "store.cu"))
+            yield pytest.param(name, arch, marks=() if everyday else slow)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source, arch", sources())
+def test_no_spills_and_registers_within_budget(source, arch, tmp_path):
+    kernels = compile_cubin(source, arch, tmp_path / "out.cubin")
+    assert kernels
+    for name, (registers, spilled) in kernels.items():
+        assert spilled == 0, f"{name} spills {spilled} bytes"
+        if "combine" in name or "store" in name or "write_ring" in name:
+            assert registers <= 64, name
+        elif "attention_128" in source and "Li1EEEv" in name:
+            assert registers <= 208, name  # one tile of query rows
+
+
+def cuobjdump() -> str | None:
+    bundled = list(Path(sys.prefix).glob("lib/python3*/site-packages/triton/backends/nvidia/bin/cuobjdump"))
+    return shutil.which("cuobjdump") or (str(bundled[0]) if bundled else None)
+
+
+@needs_nvcc
+@pytest.mark.skipif(cuobjdump() is None, reason="cuobjdump is not installed")
+def test_inner_loop_of_the_default_preset(tmp_path):
+    """64 tokens of 128 channels: what decides whether the kernel waits for memory."""
+    source = tmp_path / "one.cu"
+    source.write_text(
+        '#include "oscar/decode.cuh"\n#include "oscar/presets.cuh"\n'
+        "template __global__ void oscar::decode_kernel<oscar::Presets<128>::Default, 1>(oscar::AttentionParams, int);\n"
+    )
+    cubin = tmp_path / "one.cubin"
+    target = "-gencode=arch=compute_90a,code=sm_90a"
+    subprocess.run(
+        ["nvcc", "-O3", "-std=c++17", "-cubin", target, INCLUDE, str(source), "-o", str(cubin)], check=True
+    )
+    listing = subprocess.run([cuobjdump(), "--dump-sass", str(cubin)], check=True, capture_output=True, text=True).stdout
+    code = [(int(at, 16), text.strip()) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", listing)]
+    loops = []
+    for at, text in code:
+        jump = re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text)
+        if jump and int(jump[1], 16) < at:
+            loops.append([i for a, i in code if int(jump[1], 16) <= a <= at])
+    loop = min((body for body in loops if sum("HMMA" in i for i in body) >= 64), key=len)
+    counts = Counter(re.sub(r"^@!?U?P\w+ ", "", i).split()[0].split(".")[0] for i in loop)
+    assert not any(op in counts for op in ("I2F", "LDL", "STL", "LDG", "PRMT"))
+    assert counts["HMMA"] == 68  # 32 scores, 32 values, 4 zeros and sums
+    assert sum("LDS.128" in i for i in loop) >= 12
+    elements = 64 * 128 * 2 / 32  # keys and values per lane
+    assert len(loop) / elements < 1.6
+    assert sum(counts[op] for op in ("LOP3", "SHF", "FMNMX", "F2FP", "FSEL", "ISETP")) / elements < 1.0
+    bulk = [i for _, i in code if "UBLKCP" in i]
+    assert bulk, "pages must arrive by bulk copies"
