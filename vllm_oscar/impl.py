@@ -64,7 +64,18 @@ class OscarImpl(AttentionImpl[OscarMetadata]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.fmt = current_format(head_size)
-        self.ops = ops.select(get_current_vllm_config().device_config.device_type, self.fmt)
+        vllm_config = get_current_vllm_config()
+        device_type = vllm_config.device_config.device_type
+        self.ops = ops.select(device_type, self.fmt)
+        self.flash_prefill = ops.select_prefill(device_type, self.ops)
+        if self.flash_prefill:
+            self.flash_prefill.reserve(
+                self.fmt,
+                self.num_kv_heads,
+                vllm_config.model_config.dtype,
+                vllm_config.scheduler_config.max_num_batched_tokens,
+                torch.device(device_type, torch.accelerator.current_device_index()),
+            )
 
     def forward(
         self,
@@ -92,14 +103,34 @@ class OscarImpl(AttentionImpl[OscarMetadata]):
         pages, ring = kv_cache.flatten(2), self.tail.kv_cache.flatten(2)
         tables = (step.block_table, tail.block_table)
         lengths = (step.query_start_loc, step.seq_lens)
-        ring_pages, fmt = self.tail.pages, self.fmt
+        ring_pages, fmt, longest = self.tail.pages, self.fmt, step.max_query_len
 
-        self.ops.store_pages(key, value, pages, ring, *tables, *lengths, ring_pages, fmt)
-        self.ops.attention(
-            out, query, key, value, pages, ring, *tables, *lengths, tail.ring_start, ring_pages, self.scale, fmt
-        )
-        self.ops.write_ring(key, value, ring, tail.block_table, *lengths, ring_pages, fmt)
+        self.ops.store_pages(key, value, pages, ring, *tables, *lengths, ring_pages, fmt, max_query_len=longest)
+        new = (out, query, key, value, pages, ring)
+        if self.flash_prefill and step.prefills:
+            self._attend_mixed(new, tables, lengths, tail.ring_start, step)
+        else:
+            self.ops.attention(
+                *new, *tables, *lengths, tail.ring_start, ring_pages, self.scale, fmt, max_query_len=longest
+            )
+        self.ops.write_ring(key, value, ring, tail.block_table, *lengths, ring_pages, fmt, max_query_len=longest)
         return output
+
+    def _attend_mixed(self, new, tables, lengths, ring_start: torch.Tensor, step: OscarMetadata) -> None:
+        """Decodes by the split-KV kernel, the requests behind them by FlashAttention."""
+        decodes, (starts, seq_lens) = step.num_decodes, lengths
+        common = (self.tail.pages, self.scale, self.fmt)
+        if decodes:
+            self.ops.attention(
+                *new,
+                *(table[:decodes] for table in tables),
+                starts[: decodes + 1],
+                seq_lens[:decodes],
+                ring_start[:decodes],
+                *common,
+                max_query_len=step.max_decode_query_len,
+            )
+        self.flash_prefill.attention(*new, *tables, *lengths, ring_start, *common, step.prefills)
 
     def _tail_metadata(self) -> OscarMetadata:
         metadata = get_forward_context().attn_metadata

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from vllm.v1.attention.backend import (
@@ -13,7 +13,10 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 
+from vllm_oscar import envs, ops
 from vllm_oscar.config import PAGE_TOKENS, WINDOW_TOKENS, get_preset
+from vllm_oscar.format import PageFormat
+from vllm_oscar.ops.flash_prefill import Prefill
 
 
 @dataclass
@@ -27,6 +30,8 @@ class OscarMetadata(AttentionMetadata):
         seq_lens: ``[R]``, the step's tokens included.
         block_table: ``[R, M]`` pages, or for the tail the ring's pages and hit marker.
         ring_start: ``[R]`` (tail only) first position that is read from the ring.
+        num_decodes: the first so many requests have at most ``max_decode_query_len`` tokens.
+        prefills: rows of the others (CUDA only; elsewhere one kernel takes all requests).
     """
 
     num_actual_tokens: int
@@ -36,6 +41,9 @@ class OscarMetadata(AttentionMetadata):
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     ring_start: torch.Tensor | None = None
+    num_decodes: int = 0
+    max_decode_query_len: int = 0
+    prefills: list[Prefill] = field(default_factory=list)
 
 
 def ring_start(context: torch.Tensor, hit_tokens: torch.Tensor, recent_window: bool) -> torch.Tensor:
@@ -60,15 +68,24 @@ class OscarMetadataBuilder(AttentionMetadataBuilder[OscarMetadata]):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
-        from vllm_oscar.ops import graph_support
-
-        return graph_support(vllm_config.device_config.device_type)
+        name, head_dim = vllm_config.cache_config.cache_dtype, vllm_config.model_config.get_head_size()
+        if envs.lossless_codec():
+            return AttentionCGSupport.NEVER
+        return ops.graph_support(vllm_config.device_config.device_type, PageFormat.preset(name, head_dim))
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> OscarMetadata:
         common = common_attn_metadata
+        num_decodes, prefills = common.num_reqs, []
+        if self.device.type == "cuda":
+            num_decodes, prefills = self._split(common)
         return OscarMetadata(
+            num_decodes=num_decodes,
+            max_decode_query_len=min(common.max_query_len, self.reorder_batch_threshold)
+            if prefills
+            else common.max_query_len,
+            prefills=prefills,
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
             max_seq_len=common.max_seq_len,
@@ -76,6 +93,21 @@ class OscarMetadataBuilder(AttentionMetadataBuilder[OscarMetadata]):
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
         )
+
+    def _split(self, common: CommonAttentionMetadata) -> tuple[int, list[Prefill]]:
+        """Leading short requests, and the rows of the rest, from host copies alone."""
+        starts = common.query_start_loc_cpu.tolist()
+        if common.max_query_len <= self.reorder_batch_threshold:
+            return common.num_reqs, []
+        lengths = [end - begin for begin, end in zip(starts, starts[1:], strict=False)]
+        decodes = next(i for i, n in enumerate(lengths) if n > self.reorder_batch_threshold)
+        seq_lens = common.seq_lens_cpu_upper_bound.tolist()  # exact for requests in prefill
+        prefills = [
+            Prefill(i, starts[i], starts[i + 1], seq_lens[i] - lengths[i])
+            for i in range(decodes, common.num_reqs)
+            if lengths[i]
+        ]
+        return decodes, prefills
 
 
 class OscarTailMetadataBuilder(OscarMetadataBuilder):

@@ -31,12 +31,14 @@ def load(kind: str) -> tuple[ModuleType | None, str]:
 
 
 @lru_cache(maxsize=None)
-def _select(device_type: str) -> ModuleType:
+def _select(device_type: str, head_dim: int) -> ModuleType:
     forced = envs.forced_kernels()
     kinds = (forced,) if forced else CANDIDATES.get(device_type, ())
     reasons = []
     for kind in kinds:
         module, reason = load(kind)
+        if module is not None and head_dim not in getattr(module, "HEAD_DIMS", (head_dim,)):
+            module, reason = None, f"no kernel for head_dim {head_dim}"
         if module is not None:
             if reasons:
                 logger.warning("OScaR uses its %s kernels; not available: %s", kind, "; ".join(reasons))
@@ -59,13 +61,21 @@ def select(device_type: str, fmt) -> ModuleType:
         from vllm_oscar.ops import reference
 
         return reference
-    return _select(device_type)
+    return _select(device_type, fmt.head_dim)
 
 
-def graph_support(device_type: str):
+def select_prefill(device_type: str, kernels: ModuleType) -> ModuleType | None:
+    """FlashAttention over gathered pieces for long queries beside the CUDA kernels, where it runs."""
+    if device_type != "cuda" or not kernels.__name__.endswith(".cuda"):
+        return None
+    module, reason = load("flash_prefill")
+    if module is None:
+        logger.warning("OScaR prefill uses its own kernels; FlashAttention is not available: %s", reason)
+    return module
+
+
+def graph_support(device_type: str, fmt):
     """CUDA-graph support of the kernels that :func:`select` would choose."""
     from vllm.v1.attention.backend import AttentionCGSupport
 
-    if device_type != "cuda" or envs.lossless_codec():
-        return AttentionCGSupport.NEVER
-    return getattr(AttentionCGSupport, getattr(_select(device_type), "GRAPH_SUPPORT", "NEVER"))
+    return AttentionCGSupport[getattr(select(device_type, fmt), "GRAPH_SUPPORT", "NEVER")]

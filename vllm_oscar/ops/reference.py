@@ -28,6 +28,8 @@ ring_start         int32 ``[R]``: positions ``ring_start .. context - 1`` are re
 ring_pages         pages of one request's ring; capacity is
                    ``ring_pages * fmt.ring_tokens_per_page(itemsize)``, position p is in
                    slot ``p % capacity``
+max_query_len      host-side upper bound on the tokens of a request, for kernels whose launch
+                   depends on it; None means ``T``
 =================  =========================================================================
 
 Table entries beyond a request's need, page bytes never written, and requests without
@@ -77,6 +79,7 @@ def store_pages(
     seq_lens: torch.Tensor,
     ring_pages: int,
     fmt: PageFormat,
+    max_query_len: int | None = None,
 ) -> None:
     """Quantize every block that becomes full in this step, from ring and new tokens."""
     keys, values, blocks, first = [], [], [], []
@@ -114,6 +117,7 @@ def attention(
     ring_pages: int,
     scale: float,
     fmt: PageFormat,
+    max_query_len: int | None = None,
 ) -> None:
     """Causal attention of the step's tokens; writes ``out [T, Hq, D]``."""
     starts = ring_start.tolist()
@@ -145,6 +149,7 @@ def write_ring(
     seq_lens: torch.Tensor,
     ring_pages: int,
     fmt: PageFormat,
+    max_query_len: int | None = None,
 ) -> None:
     """Write the newest tokens of each request, at most the ring's capacity."""
     view = reference.ring_view(ring, fmt, key.dtype)

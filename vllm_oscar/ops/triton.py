@@ -41,6 +41,7 @@ def store_pages(
     seq_lens: torch.Tensor,
     ring_pages: int,
     fmt: PageFormat,
+    max_query_len: int | None = None,
 ) -> None:
     """Quantize every block that becomes full in this step, from ring and new tokens."""
     from vllm_oscar.ops import triton_store
@@ -67,6 +68,7 @@ def attention(
     ring_pages: int,
     scale: float,
     fmt: PageFormat,
+    max_query_len: int | None = None,
 ) -> None:
     """Causal attention of the step's tokens; writes ``out [T, Hq, D]``.
 
@@ -99,6 +101,7 @@ def write_ring(
     seq_lens: torch.Tensor,
     ring_pages: int,
     fmt: PageFormat,
+    max_query_len: int | None = None,
 ) -> None:
     """Write the newest tokens of each request, at most the ring's capacity."""
     from vllm_oscar.ops import triton_store
