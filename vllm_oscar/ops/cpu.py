@@ -198,6 +198,7 @@ def store_pages(
     seq_lens: torch.Tensor,
     ring_pages: int,
     fmt: PageFormat,
+    max_query_len: int | None = None,
 ) -> None:
     """Quantize every block that becomes full in this step, from ring and new tokens."""
     args = _arguments(key, value, ring, ring_table, query_start_loc, seq_lens, ring_pages, fmt)
@@ -221,6 +222,7 @@ def attention(
     ring_pages: int,
     scale: float,
     fmt: PageFormat,
+    max_query_len: int | None = None,
 ) -> None:
     """Causal attention of the step's tokens; writes ``out [T, Hq, D]``."""
     args = _arguments(key, value, ring, ring_table, query_start_loc, seq_lens, ring_pages, fmt)
@@ -244,6 +246,7 @@ def write_ring(
     seq_lens: torch.Tensor,
     ring_pages: int,
     fmt: PageFormat,
+    max_query_len: int | None = None,
 ) -> None:
     """Write the newest tokens of each request, at most the ring's capacity."""
     args = _arguments(key, value, ring, ring_table, query_start_loc, seq_lens, ring_pages, fmt)
