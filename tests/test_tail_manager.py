@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ring's block manager alone: claims, frees, markers and ``ring_start``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("vllm")
+
+from vllm.v1.core.block_pool import BlockPool  # noqa: E402
+
+from vllm_oscar.metadata import ring_start  # noqa: E402
+from vllm_oscar.tail import OscarTailManager, OscarTailSpec  # noqa: E402
+
+PAGES = 6
+
+
+def make_spec(pages: int = PAGES) -> OscarTailSpec:
+    return OscarTailSpec(
+        block_size=128, num_kv_heads=2, head_size=128, dtype=torch.uint8, state_content_bytes=90, pages=pages
+    )
+
+
+@pytest.fixture
+def pool() -> BlockPool:
+    return BlockPool(num_gpu_blocks=40, enable_caching=True, hash_block_size=128)
+
+
+@pytest.fixture
+def manager(pool) -> OscarTailManager:
+    return OscarTailManager(
+        make_spec(), block_pool=pool, enable_caching=True, kv_cache_group_id=1, scheduler_block_size=128
+    )
+
+
+def claim(manager, request: str, hit: int = 0, tokens: int = 200) -> list:
+    manager.add_local_computed_blocks(request, [], hit, 0)
+    return manager.allocate_new_blocks(request, tokens, tokens)
+
+
+def needed(manager, request: str, tokens: int = 200) -> int:
+    return manager.get_num_blocks_to_allocate(request, tokens, [], 0, 0, tokens)
+
+
+def test_a_request_claims_its_ring_once(manager, pool):
+    free = pool.get_num_free_blocks()
+    assert needed(manager, "a") == PAGES
+    row = claim(manager, "a")
+    assert len({block.block_id for block in row[:PAGES]}) == PAGES
+    assert row[PAGES].is_null and row[PAGES].block_id == 0
+    assert pool.get_num_free_blocks() == free - PAGES
+    for tokens in (201, 1000, 100_000):  # it never grows
+        assert needed(manager, "a", tokens) == 0
+        assert manager.allocate_new_blocks("a", tokens, tokens) == []
+    assert pool.get_num_free_blocks() == free - PAGES
+
+
+def test_freeing_returns_the_ring_and_not_the_marker(manager, pool):
+    free = pool.get_num_free_blocks()
+    claim(manager, "a", hit=384)
+    claim(manager, "b", hit=0)
+    popped = manager.pop_blocks_for_free("a")
+    assert len(popped) == PAGES and not any(block.is_null for block in popped)
+    pool.free_blocks(reversed(popped))
+    manager.free("b")
+    assert pool.get_num_free_blocks() == free
+    assert not manager.req_to_blocks and not manager._hit_tokens
+    assert manager.pop_blocks_for_free("never seen") == []
+
+
+@pytest.mark.parametrize("hit", [0, 128, 256, 4096])
+def test_the_marker_carries_the_length_of_the_hit(manager, hit):
+    assert claim(manager, "a", hit)[PAGES].block_id * 128 == hit
+
+
+def test_a_hit_inside_a_page_is_refused(manager):
+    with pytest.raises(RuntimeError, match="prefix hit of 100 tokens .* unset --prefix-match-unit"):
+        claim(manager, "a", hit=100)
+
+
+def test_a_resumed_request_gets_the_marker_of_its_new_hit(manager):
+    claim(manager, "a", hit=128)
+    manager.free("a")
+    assert claim(manager, "a", hit=512)[PAGES].block_id == 4
+    manager.free("a")
+    assert claim(manager, "a")[PAGES].block_id == 0
+
+
+def test_the_ring_is_never_prefix_cached(manager, pool):
+    claim(manager, "a")
+    assert all(block.block_hash is None for block in manager.req_to_blocks["a"])
+    hit = OscarTailManager.find_longest_cache_hit(
+        block_hashes=[], max_length=1000, kv_cache_group_ids=[1], block_pool=pool, kv_cache_spec=make_spec(),
+        drop_eagle_block=False, alignment_tokens=128,
+    )  # fmt: skip
+    assert hit == (([],), 0)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.booleans(), st.integers(0, 9)), max_size=40))
+@settings(deadline=None, max_examples=50)
+def test_no_sequence_of_claims_and_frees_leaks_or_shares(history):
+    pool = BlockPool(num_gpu_blocks=40, enable_caching=True, hash_block_size=128)
+    manager = OscarTailManager(
+        make_spec(), block_pool=pool, enable_caching=True, kv_cache_group_id=1, scheduler_block_size=128
+    )
+    held = set()
+    for request, frees, pages in history:
+        if frees:
+            manager.free(request)
+            held.discard(request)
+        elif request not in held:
+            claim(manager, request, 128 * pages)
+            held.add(request)
+        blocks = [b.block_id for name in held for b in manager.req_to_blocks[name][:PAGES]]
+        assert len(set(blocks)) == len(blocks) == PAGES * len(held)
+        assert pool.get_num_free_blocks() == 39 - len(blocks)
+
+
+def test_spec():
+    spec = make_spec()
+    assert spec.page_size_bytes == 2 * 128 * 90
+    assert spec.max_memory_usage_bytes(None) == PAGES * spec.page_size_bytes
+    assert not spec.prefix_cacheable
+    assert spec.max_num_blocks_per_req(None, 100) == PAGES + 1  # the marker fits
+    assert spec.max_num_blocks_per_req(None, 4096) == 32
+    assert spec.is_uniform_with_collection({"a": make_spec()})
+    assert not spec.is_uniform_with_collection({"a": make_spec(), "b": object()})
+
+
+@given(st.integers(0, 100_000), st.integers(0, 700))
+def test_ring_start(context, hit_pages):
+    hit = min(hit_pages * 128, context // 128 * 128)
+    contexts, hits = torch.tensor([context]), torch.tensor([hit])
+    windowed = ring_start(contexts, hits, True).item()
+    assert windowed == max(context - 128, hit, 0)
+    plain = ring_start(contexts, hits, False).item()
+    assert plain == context - context % 128
+    for start in (windowed, plain):
+        assert hit <= start <= context  # what lies before a hit was never in this ring
+        assert context - start <= 128  # and the ring holds no more than that
+        assert -(-start // 128) * 128 <= context  # pages that are read are full
