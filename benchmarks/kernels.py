@@ -221,14 +221,17 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["qwen3-8b"], choices=MODELS)
     parser.add_argument("--presets", nargs="*", default=["oscar"], choices=PRESETS)
     parser.add_argument("--cases", nargs="*", help="BATCHxCONTEXT, e.g. 8x32768")
-    parser.add_argument("--shapes", nargs="*", default=["0x0"], help="WARPSxSTAGES[@LIBRARY] to compare")
+    parser.add_argument("--warps", nargs="*", default=["0"], help="WARPS[@LIBRARY] per block to compare")
     parser.add_argument("--flash", action="store_true", help="time FlashAttention-3 too")
     parser.add_argument("--triton", action="store_true", help="check and time the Triton kernels too")
     parser.add_argument("--store", action="store_true", help="time store_pages and write_ring too")
+    parser.add_argument("--commit", help="recorded; default: ask git")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = options.commit
+    if not commit:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     stamp = {
         "device": torch.cuda.get_device_name(),
         "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
@@ -242,18 +245,21 @@ def main() -> None:
     wrong = check(backends, ERROR_LIMIT)
     peak = read_bandwidth()
     print(f"read bandwidth {peak / 1e12:.2f} TB/s", flush=True)
-    records, lines = [], []
+    records = []
 
     def record(**fields) -> None:
         records.append(stamp | fields)
         ratio = fields.get("ratio_to_best_bf16")
-        lines.append(
+        line = (
             f"{fields['kernel']:24} {fields.get('preset') or '':12} {fields.get('model') or '':12} "
             f"{fields.get('batch', ''):>3} x {fields.get('context', ''):>6} {fields['us']:9.1f} us "
             + (f"{fields['gbps']:6.0f} GB/s {fields['percent_of_read_bandwidth']:5.1f} %" if "gbps" in fields else "")
             + (f"  {ratio:5.2f}x" if ratio else "")
         )
-        print(lines[-1], flush=True)
+        print(line, flush=True)
+        if options.output:  # after every record: a run that is cut short keeps its numbers
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text(json.dumps(records, indent=1) + "\n")
 
     cases = [tuple(map(int, case.split("x"))) for case in options.cases] if options.cases else CASES
     for model in options.models:
@@ -264,8 +270,13 @@ def main() -> None:
             if options.flash:
                 best, nbytes = flash_us(batch, context, heads, group, dim)
                 rate = nbytes / best / 1e3
-                record(kernel="flash-attention-3 bf16", **shape, us=best, gbps=rate,
-                       percent_of_read_bandwidth=rate * 1e11 / peak)
+                record(
+                    kernel="flash-attention-3 bf16",
+                    **shape,
+                    us=best,
+                    gbps=rate,
+                    percent_of_read_bandwidth=rate * 1e11 / peak,
+                )
                 torch.cuda.empty_cache()
             for preset in options.presets:
                 fmt = PageFormat.preset(preset, dim)
@@ -273,11 +284,10 @@ def main() -> None:
                 expected = steps[0].exact_attention() if batch * context <= 1 << 19 else None
                 runs = [(name, ops, {}) for name, ops in backends.items() if ops is not cuda]
                 runs = [run for run in runs if (run[0], preset) not in wrong]
-                for text in options.shapes if ("cuda", preset) not in wrong else ():
-                    numbers, _, library = text.partition("@")
-                    warps, stages = map(int, numbers.split("x"))
-                    label = "cuda" if text == "0x0" else f"cuda {numbers}" + ("*" if library else "")
-                    runs.append((label, cuda, {"warps": warps, "stages": stages, "library": library}))
+                for text in options.warps if ("cuda", preset) not in wrong else ():
+                    warps, _, library = text.partition("@")
+                    label = "cuda" if text == "0" else f"cuda {warps} {Path(library).stem}"
+                    runs.append((label, cuda, {"warps": int(warps), "library": library}))
                 for name, ops, extra in runs:
                     library = extra.pop("library", "")
                     path = Path(library).resolve() if library else default_library
@@ -296,19 +306,21 @@ def main() -> None:
                         print(f"{name} {preset} {batch} x {context}: {error}"[:300], flush=True)
                         continue
                     rate = nbytes / us / 1e3
-                    record(kernel=name, preset=preset, **shape, us=us, gbps=rate,
-                           percent_of_read_bandwidth=rate * 1e11 / peak,
-                           ratio_to_best_bf16=best / us if best else None)
+                    record(
+                        kernel=name,
+                        preset=preset,
+                        **shape,
+                        us=us,
+                        gbps=rate,
+                        percent_of_read_bandwidth=rate * 1e11 / peak,
+                        ratio_to_best_bf16=best / us if best else None,
+                    )
                 del steps, expected
                 torch.cuda.empty_cache()
     if options.store:
         for preset in options.presets:
             for row in time_store(PageFormat.preset(preset, 128), torch.bfloat16):
                 record(preset=preset, **row)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(records, indent=1) + "\n")
-    print("\n".join(["", *lines]))
 
 
 if __name__ == "__main__":

@@ -139,12 +139,13 @@ def compile_cubin(source: str, arch: str, output: Path) -> dict[str, tuple[int, 
     return kernels
 
 
-def sources():
-    slow = pytest.mark.slow
+def sources() -> list:
+    slow, cases = pytest.mark.slow, []
     for arch in ARCHS:
         for name in ("attention_64.cu", "attention_128.cu", "attention_256.cu", "store.cu"):
             everyday = (arch, name) in (("90a", "attention_128.cu"), ("80", "attention_128.cu"), ("120", "store.cu"))
-            yield pytest.param(name, arch, marks=() if everyday else slow)
+            cases.append(pytest.param(name, arch, marks=() if everyday else slow))
+    return cases
 
 
 @needs_nvcc
@@ -157,7 +158,7 @@ def test_no_spills_and_registers_within_budget(source, arch, tmp_path):
         if "combine" in name or "store" in name or "write_ring" in name:
             assert registers <= 64, name
         elif "attention_128" in source and "Li1EEEv" in name:
-            assert registers <= 208, name  # one tile of query rows
+            assert registers <= 168, name  # twelve warps a block
 
 
 def cuobjdump() -> str | None:
@@ -172,14 +173,13 @@ def test_inner_loop_of_the_default_preset(tmp_path):
     source = tmp_path / "one.cu"
     source.write_text(
         '#include "oscar/decode.cuh"\n#include "oscar/presets.cuh"\n'
-        "template __global__ void oscar::decode_kernel<oscar::Presets<128>::Default, 1>(oscar::AttentionParams, int);\n"
+        "template __global__ void oscar::decode_kernel<oscar::Presets<128>::Default, 1>(oscar::AttentionParams);\n"
     )
     cubin = tmp_path / "one.cubin"
     target = "-gencode=arch=compute_90a,code=sm_90a"
-    subprocess.run(
-        ["nvcc", "-O3", "-std=c++17", "-cubin", target, INCLUDE, str(source), "-o", str(cubin)], check=True
-    )
-    listing = subprocess.run([cuobjdump(), "--dump-sass", str(cubin)], check=True, capture_output=True, text=True).stdout
+    subprocess.run(["nvcc", "-O3", "-std=c++17", "-cubin", target, INCLUDE, str(source), "-o", str(cubin)], check=True)
+    command = [cuobjdump(), "--dump-sass", str(cubin)]
+    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     code = [(int(at, 16), text.strip()) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", listing)]
     loops = []
     for at, text in code:

@@ -59,7 +59,8 @@ def test_long_queries_are_split(preset):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_store_and_ring(preset, head_dim, dtype):
     fmt = PageFormat.preset(preset, head_dim)
-    case = make_case(fmt, [(0, 128), (127, 1), (120, 300), (255, 2), (300, 1), (0, 0), (128, 128), (1, 20)], dtype=dtype)
+    requests = [(0, 128), (127, 1), (120, 300), (255, 2), (300, 1), (0, 0), (128, 128), (1, 20)]
+    case = make_case(fmt, requests, dtype=dtype)
     pages, expected = case.store(cuda), case.store(reference_ops)
     different = pages != expected
     assert different.float().mean() < 1e-3  # rounding ties, from another order of summation

@@ -11,7 +11,7 @@ call :func:`reserve` before capturing graphs, or run each shape once before.
 from __future__ import annotations
 
 import ctypes
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -46,7 +46,7 @@ class _AttentionArgs(ctypes.Structure):
         + _fields(ctypes.c_int64, "block_table_row ring_table_row")
         + _fields(ctypes.c_int32, "requests kv_heads group ring_pages is_bf16 max_query_len first_token")
         + _fields(ctypes.c_float, "scale")
-        + _fields(ctypes.c_int32, "warps stages")
+        + _fields(ctypes.c_int32, "warps")
         + [("format", _Format)]
     )
 
@@ -61,7 +61,7 @@ class _StoreArgs(ctypes.Structure):
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _library() -> ctypes.CDLL:
     """The loaded library. Raises ``OSError`` if it is missing or of another version."""
     library = ctypes.CDLL(str(LIBRARY))
@@ -80,7 +80,7 @@ def _call(function: str, args: ctypes.Structure, *rest) -> None:
         raise RuntimeError(f"{function}: {library.oscar_error_string(code).decode()}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def available() -> tuple[bool, str]:
     """Whether the library exists and runs on the current device, and if not, why not."""
     if not LIBRARY.exists():
@@ -98,7 +98,7 @@ def available() -> tuple[bool, str]:
     return True, ""
 
 
-@lru_cache(maxsize=None)
+@cache
 def _format(fmt: PageFormat) -> _Format:
     config = fmt.config
     return _Format(
@@ -169,7 +169,7 @@ _workspaces: dict[torch.device, torch.Tensor] = {}
 _retired: list[torch.Tensor] = []  # CUDA graphs may still use them
 
 
-@lru_cache(maxsize=None)
+@cache
 def _workspace_bytes(fmt: PageFormat, requests: int, kv_heads: int, group: int, max_query_len: int, device: int) -> int:
     args = _AttentionArgs(
         requests=requests, kv_heads=kv_heads, group=group, max_query_len=max_query_len, format=_format(fmt)
@@ -212,7 +212,7 @@ _operators.define(
     "attention(Tensor(a!) out, Tensor query, Tensor key, Tensor value, Tensor pages, Tensor ring, "
     "Tensor block_table, Tensor ring_table, Tensor query_start_loc, Tensor seq_lens, Tensor ring_start, "
     "Tensor(b!) workspace, int ring_pages, float scale, int max_query_len, int first_token, int[] layout, "
-    "int warps=0, int stages=0) -> ()"
+    "int warps=0) -> ()"
 )
 _operators.define(
     "store_pages(Tensor key, Tensor value, Tensor(a!) pages, Tensor ring, Tensor block_table, Tensor ring_table, "
@@ -224,7 +224,7 @@ _operators.define(
 )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _layout(fmt: PageFormat) -> tuple[list[int], list[float]]:
     f = _format(fmt)
     return [getattr(f, name) for name, _ in _Format._fields_[:8]], [fmt.config.key_clip, fmt.config.value_clip]
@@ -232,7 +232,7 @@ def _layout(fmt: PageFormat) -> tuple[list[int], list[float]]:
 
 def _attention(
     out, query, key, value, pages, ring, block_table, ring_table, query_start_loc, seq_lens, ring_start,
-    workspace, ring_pages, scale, max_query_len, first_token, layout, warps=0, stages=0,
+    workspace, ring_pages, scale, max_query_len, first_token, layout, warps=0,
 ):  # fmt: skip
     args = _AttentionArgs(
         out=out.data_ptr(),
@@ -259,7 +259,6 @@ def _attention(
         first_token=first_token,
         scale=scale,
         warps=warps,
-        stages=stages,
         format=_Format(*layout),
         **_strides("out", out, "token"),
         **_strides("query", query, "token"),
@@ -371,12 +370,11 @@ def attention(
     fmt: PageFormat,
     max_query_len: int | None = None,
     warps: int = 0,
-    stages: int = 0,
 ) -> None:
     """Causal attention of the step's tokens; writes ``out [T, Hq, D]``.
 
     ``max_query_len``: at least the longest query; the default is the number of tokens,
-    which is safe and slow. ``warps``, ``stages``: launch shape, for measurements.
+    which is safe and slow. ``warps``: per block, for measurements.
     """
     requests, heads = seq_lens.shape[0], key.shape[1]
     if not key.shape[0] or not requests:
@@ -397,7 +395,7 @@ def attention(
     for first_token in range(0, longest, chunk):
         torch.ops.vllm_oscar_cuda.attention(
             out, query, key, value, pages, ring, block_table, ring_table, query_start_loc, seq_lens, ring_start,
-            workspace, ring_pages, scale, chunk, first_token, layout, warps, stages,
+            workspace, ring_pages, scale, chunk, first_token, layout, warps,
         )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ typedef struct {
   /* Tokens first_token .. first_token + max_query_len - 1 of each request are queries of this call. */
   int32_t max_query_len, first_token;
   float scale;
-  int32_t warps, stages; /* per block; 0 chooses */
+  int32_t warps; /* per block; 0 chooses */
   OscarFormat format;
 } OscarAttentionArgs;
 

@@ -19,7 +19,7 @@ namespace oscar {
 
 // Everything about a launch that does not depend on lengths.
 struct LaunchShape {
-  int blocks, warps, stages, n_tiles, row_blocks, slot_rows;
+  int blocks, warps, n_tiles, row_blocks, slot_rows;
   int64_t segments, slots, ranges_bytes, max_sum_bytes, partial_bytes;
 
   int64_t workspace() const { return ranges_bytes + max_sum_bytes + partial_bytes; }
@@ -40,21 +40,19 @@ int launch_shape(const OscarAttentionArgs& args, LaunchShape& shape) {
   OSCAR_TRY(cudaGetDevice(&device));
   OSCAR_TRY(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
   OSCAR_TRY(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  const int pages = (shared - kDecodeWarps * static_cast<int>(sizeof(Cursor))) / (Layout::kPageBytes + 8);
-  if (pages < 2) return OSCAR_DEVICE_TOO_SMALL;
-  shape.blocks = sms;
-  shape.warps = args.warps ? args.warps : std::min(kDecodeWarps, pages / 2);
-  shape.stages = args.stages ? args.stages : std::min(pages / shape.warps, 4);
-  if (shape.warps < 1 || shape.warps > kDecodeWarps || shape.stages < 1 || shape.warps * shape.stages > pages) {
-    return OSCAR_BAD_ARGUMENT;
-  }
   const int rows = args.max_query_len * args.group;
   shape.n_tiles = choose_n_tiles<Layout>(rows);
+  const int most = std::min(decode_warps(Layout::kHeadDim, shape.n_tiles),
+                            shared / static_cast<int>(sizeof(WarpShared<Layout>)));
+  if (most < 1) return OSCAR_DEVICE_TOO_SMALL;
+  shape.blocks = sms;
+  shape.warps = args.warps ? args.warps : most;
+  if (shape.warps < 1 || shape.warps > most) return OSCAR_BAD_ARGUMENT;
   const int block_rows = 8 * shape.n_tiles;
   shape.row_blocks = (rows + block_rows - 1) / block_rows;
   shape.slot_rows = std::min(rows, block_rows);
   shape.segments = static_cast<int64_t>(args.requests) * args.kv_heads * shape.row_blocks;
-  shape.slots = 2 * shape.segments + shape.blocks * kDecodeWarps;
+  shape.slots = 2 * shape.segments + shape.blocks * most;
   shape.ranges_bytes = align256(2 * shape.segments * sizeof(int2));
   shape.max_sum_bytes = align256(shape.slots * shape.slot_rows * sizeof(float2));
   shape.partial_bytes = align256(shape.slots * shape.slot_rows * Layout::kHeadDim * sizeof(float));
@@ -68,19 +66,19 @@ int allow_shared_memory(Kernel kernel, int bytes) {
 
 template <class Layout, int NTiles>
 int launch_attention(const AttentionParams& params, const LaunchShape& shape, cudaStream_t stream) {
-  const int shared =
-      shape.warps * (shape.stages * (Layout::kPageBytes + 8) + static_cast<int>(sizeof(Cursor)));
+  const int shared = shape.warps * static_cast<int>(sizeof(WarpShared<Layout>));
   OSCAR_TRY(allow_shared_memory(decode_kernel<Layout, NTiles>, shared));
-  decode_kernel<Layout, NTiles><<<shape.blocks, 32 * shape.warps, shared, stream>>>(params, shape.stages);
+  decode_kernel<Layout, NTiles><<<shape.blocks, 32 * shape.warps, shared, stream>>>(params);
   OSCAR_TRY(cudaGetLastError());
 
-  // As many warps as an average row has partial results, within 2..16.
+  // As many warps as an average row has partial results, a power of two within 2..16.
   const int64_t results = 2 + static_cast<int64_t>(shape.blocks) * shape.warps / shape.segments;
-  const int warps = static_cast<int>(std::min<int64_t>(std::max<int64_t>(results / 2, 2), 16));
+  int warps = 2;
+  while (warps < kCombineWarps && 2 * warps <= results) warps *= 2;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(shape.segments), shape.slot_rows);
   config.blockDim = dim3(32 * warps);
-  config.dynamicSmemBytes = warps * 2 * Layout::kHeadDim * sizeof(float);
+  config.dynamicSmemBytes = (warps * 2 * Layout::kHeadDim + shape.blocks * shape.warps + 2) * sizeof(float);
   config.stream = stream;
   cudaLaunchAttribute overlap;
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -13,11 +13,34 @@ struct RowSlots {
   OSCAR_DEVICE int operator[](int i) const { return i < page_count ? page_first + i : exact_first + i - page_count; }
 };
 
-template <int HeadDim>
-__global__ void __launch_bounds__(512) combine_kernel(const __grid_constant__ AttentionParams p, int block_rows) {
-  constexpr int kChannels = HeadDim / 32;  // consecutive channels of a lane
-  extern __shared__ float sums[];          // [warp][rotated, exact][HeadDim]
+constexpr int kCombineWarps = 16;
+
+// The result of `op` over all threads of the block, in every thread.
+template <class Op>
+OSCAR_DEVICE float block_reduce(float x, float* scratch, const Op& op) {
+#pragma unroll
+  for (int d = 1; d < 32; d <<= 1) x = op(x, __shfl_xor_sync(kFullWarp, x, d));
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+  if (lane == 0) scratch[warp] = x;
+  __syncthreads();
+  x = scratch[min(lane, warps - 1)];
+#pragma unroll
+  for (int d = 1; d < kCombineWarps; d <<= 1) {
+    const float other = __shfl_xor_sync(kFullWarp, x, d);
+    if ((lane ^ d) < warps) x = op(x, other);
+  }
+  return __shfl_sync(kFullWarp, x, 0);
+}
+
+// Dynamic shared memory: [warp][rotated, exact][HeadDim] sums, then a weight per slot.
+template <int HeadDim>
+__global__ void __launch_bounds__(32 * kCombineWarps)
+    combine_kernel(const __grid_constant__ AttentionParams p, int block_rows) {
+  constexpr int kChannels = HeadDim / 32;  // consecutive channels of a lane
+  extern __shared__ float sums[];
+  __shared__ float scratch[2][kCombineWarps];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+  float* weights = sums + warps * 2 * HeadDim;
   const int segment = blockIdx.x, row = blockIdx.y;
   const int row_block = segment % p.row_blocks, head = segment / p.row_blocks % p.args.kv_heads;
   const Request request(p, segment / p.row_blocks / p.args.kv_heads, block_rows);
@@ -36,21 +59,19 @@ __global__ void __launch_bounds__(512) combine_kernel(const __grid_constant__ At
   slots.count = slots.page_count + range.y - range.x + 1;
   const auto max_sum = [&](int i) { return p.max_sum[static_cast<int64_t>(slots[i]) * p.slot_rows + row]; };
 
-  float top = -INFINITY, sum = 0.f;  // every warp on its own: fewer barriers than bytes
-  for (int i = lane; i < slots.count; i += 32) top = fmaxf(top, max_sum(i).x);
-#pragma unroll
-  for (int d = 1; d < 32; d <<= 1) top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, d));
-  for (int i = lane; i < slots.count; i += 32) {
+  float top = -INFINITY, sum = 0.f;
+  for (int i = threadIdx.x; i < slots.count; i += blockDim.x) top = fmaxf(top, max_sum(i).x);
+  top = block_reduce(top, scratch[0], [](float a, float b) { return fmaxf(a, b); });
+  for (int i = threadIdx.x; i < slots.count; i += blockDim.x) {
     const float2 ms = max_sum(i);
-    sum = fmaf(ms.y, exp2_approx(ms.x - top), sum);
+    weights[i] = exp2_approx(ms.x - top);
+    sum = fmaf(ms.y, weights[i], sum);
   }
-#pragma unroll
-  for (int d = 1; d < 32; d <<= 1) sum += __shfl_xor_sync(kFullWarp, sum, d);
+  sum = block_reduce(sum, scratch[1], [](float a, float b) { return a + b; });
 
   float rotated[kChannels] = {}, exact[kChannels] = {};
-#pragma unroll 4
+#pragma unroll 8
   for (int i = warp; i < slots.count; i += warps) {
-    const float weight = exp2_approx(max_sum(i).x - top);
     const float* source =
         p.partial + (static_cast<int64_t>(slots[i]) * p.slot_rows + row) * HeadDim + lane * kChannels;
     float x[kChannels];
@@ -59,7 +80,7 @@ __global__ void __launch_bounds__(512) combine_kernel(const __grid_constant__ At
       const float2 v = *reinterpret_cast<const float2*>(source + j);
       x[j] = v.x, x[j + 1] = v.y;
     }
-    const float page_weight = i < slots.page_count ? weight : 0.f, exact_weight = weight - page_weight;
+    const float page_weight = i < slots.page_count ? weights[i] : 0.f, exact_weight = weights[i] - page_weight;
 #pragma unroll
     for (int j = 0; j < kChannels; ++j) {
       rotated[j] = fmaf(page_weight, x[j], rotated[j]);

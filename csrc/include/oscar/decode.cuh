@@ -9,137 +9,183 @@
 
 namespace oscar {
 
+// Most warps of a block, which fixes the registers of each: more warps hide latency, a
+// second tile of query rows or a larger head needs the registers.
 #ifndef OSCAR_DECODE_WARPS
-#define OSCAR_DECODE_WARPS 8
+#define OSCAR_DECODE_WARPS 12
 #endif
-constexpr int kDecodeWarps = OSCAR_DECODE_WARPS;  // most warps of a block; fixes the registers of each
+constexpr int decode_warps(int head_dim, int n_tiles) {
+  return head_dim * n_tiles <= 128 ? OSCAR_DECODE_WARPS : 8;
+}
+
+// Shared memory of one warp: page buffer, barriers, and the cursors of producer and consumer.
+template <class Layout>
+struct WarpShared {
+  alignas(128) uint8_t page[PageBuffer<Layout>::kBytes];
+  uint64_t barriers[PageBuffer<Layout>::kBarriers];
+  Cursor next, now;
+  int rank;  // of the warp in the grid
+};
+
+// Start fetching the producer's unit, as far as it has bytes to fetch.
+template <class Layout>
+OSCAR_DEVICE void fill_all(PageBuffer<Layout>& buffer, const Producer& next) {
+  if (next.kind() == Producer::kPage) {
+    buffer.fill_keys(next.source());
+    buffer.fill_values(next.source());
+  } else if (next.kind() == Producer::kRing) {
+    buffer.fill_ring(next.source());
+  }
+}
+
+// Pages `unit` .. `end - 1` of the segment at hand. The producer is at `unit` and its copy under way.
+template <class Layout, int NTiles>
+OSCAR_DEVICE void attend_pages(int unit, int end, int ring_start, PageBuffer<Layout>& buffer, Producer& next,
+                               const QueryRows<Layout::kTiles> (&query)[NTiles],
+                               Accumulator<Layout::kTiles> (&acc)[NTiles], int lane) {
+  for (; unit < end; ++unit) {
+    const auto values_ready = [&] { buffer.wait_values(); };
+    const auto keys_done = [&] {
+      __syncwarp();
+      if (next.kind() == Producer::kPage) buffer.fill_keys(next.source());
+    };
+    next.advance();
+    buffer.wait_keys();
+    const int valid = ring_start - unit * kPageTokens;
+    if (valid < kPageTokens) clear_value_params<Layout>(buffer.params(), valid, lane);
+    attend_page<Layout, NTiles>(buffer.codes(), buffer.params(), unit == 0, valid, values_ready, keys_done, query, acc,
+                                lane);
+    if (valid < kPageTokens) fence_before_async_copy();
+    __syncwarp();
+    if (next.kind() == Producer::kPage) buffer.fill_values(next.source());
+    else fill_all(buffer, next);
+  }
+}
+
+// Units `unit` .. `end - 1` of the ring and in-flight tokens of the segment at `c`.
+template <class Layout, int NTiles>
+OSCAR_DEVICE void attend_exact(int unit, int end, const Cursor& c, const AttentionParams& p, float scale_log2,
+                               PageBuffer<Layout>& buffer, Producer& next,
+                               const QueryRows<Layout::kTiles> (&query)[NTiles],
+                               Accumulator<Layout::kTiles> (&acc)[NTiles], int lane) {
+  const OscarAttentionArgs& args = p.args;
+  const int first_row = c.row_block * 8 * NTiles + args.first_token * args.group;  // of the step
+  for (; unit < end; ++unit) {
+    next.advance();
+    const Request request = c.request;
+    const bool ring = unit < request.copied;
+    ExactTokens tokens;
+    bool readable;
+    if (ring) {
+      constexpr int kTokens = Layout::kRingTokens;
+      const int capacity = kTokens * args.ring_pages;
+      const int slot = (unit - request.pages) * kTokens + lane;
+      const int age = slot - request.ring_start % capacity;  // from the oldest token on, cyclic
+      readable = lane < kTokens && (age < 0 ? age + capacity : age) < request.context - request.ring_start;
+      tokens.key = buffer.codes();
+      tokens.value = buffer.codes() + Layout::kRingTokenBytes / 2;
+      tokens.key_stride = tokens.value_stride = Layout::kRingTokenBytes;
+      tokens.position = -kInFlightTokens;  // visible to every row
+      buffer.wait_values();
+    } else {
+      fill_all(buffer, next);  // these tokens do not need the buffer
+      tokens.position = (unit - request.copied) * kInFlightTokens;
+      readable = tokens.position + lane < request.query_len;
+      const int64_t token = request.begin + tokens.position;
+      tokens.key = static_cast<const uint8_t*>(args.key) + token * args.key_token + c.head * args.key_head;
+      tokens.value = static_cast<const uint8_t*>(args.value) + token * args.value_token + c.head * args.value_head;
+      tokens.key_stride = args.key_token;
+      tokens.value_stride = args.value_token;
+    }
+    tokens.valid = __ballot_sync(kFullWarp, readable);
+    if (args.is_bf16) attend_tokens<true>(tokens, query, first_row, args.group, scale_log2, acc, lane);
+    else attend_tokens<false>(tokens, query, first_row, args.group, scale_log2, acc, lane);
+    __syncwarp();
+    if (ring) fill_all(buffer, next);
+  }
+}
 
 template <class Layout, int NTiles>
-__global__ void __launch_bounds__(32 * kDecodeWarps, 1)
-    decode_kernel(const __grid_constant__ AttentionParams p, int stages) {
+__global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles), 1)
+    decode_kernel(const __grid_constant__ AttentionParams p) {
   constexpr int kRows = 8 * NTiles, kTiles = Layout::kTiles;
-  extern __shared__ __align__(128) uint8_t shared[];
+  extern __shared__ __align__(128) uint8_t raw[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
   const int g = lane >> 2, t = lane & 3;
   launch_dependents();  // the combine kernel waits for this grid's end itself
 
   const int global_warp = warp * gridDim.x + blockIdx.x;  // little work spreads over all multiprocessors
   Share share = find_share(p, kRows, global_warp, gridDim.x * warps, lane);
-  if (share.count == 0) return;
-
-  // Shared memory: per warp its page buffers, then barriers, then producer cursors.
-  uint8_t* buffers = shared + warp * stages * Layout::kPageBytes;
-  uint64_t* barriers = reinterpret_cast<uint64_t*>(shared + warps * stages * Layout::kPageBytes);
-  Cursor& next = reinterpret_cast<Cursor*>(barriers + warps * stages)[warp];  // first unit not in the pipeline
-  PagePipeline<Layout::kPageBytes> pipeline(buffers, barriers + warp * stages, stages, lane);
-  if (lane == 0) next = share.cursor;
-  int unfilled = share.count;
-  int entry = share.cursor.load_entry(p);
-  const auto fill = [&] {
-    __syncwarp();
-    Cursor c = next;
-    __syncwarp();
-    const bool page = c.unit < c.request.pages, copied = c.unit < c.request.copied;
-    constexpr int kRingBytes = Layout::kRingTokens * Layout::kRingTokenBytes;
-    pipeline.fill(c.source(p, entry), page ? Layout::kPageBytes : copied ? kRingBytes : 0);
-    if (--unfilled) {
-      c.advance(p, kRows);
-      entry = c.load_entry(p);
-      if (lane == 0) next = c;
-    }
-  };
-  for (int i = 0; i < stages && unfilled; ++i) fill();
+  int left = share.count;
+  if (left == 0) return;
+  WarpShared<Layout>& shared = reinterpret_cast<WarpShared<Layout>*>(raw)[warp];
+  if (lane == 0) {
+    shared.next = shared.now = share.cursor;
+    shared.rank = global_warp;
+  }
+  PageBuffer<Layout> buffer(shared.page, shared.barriers, lane);
+  Producer next(p, &shared.next, left, kRows, lane);
 
   const float scale_log2 = p.args.scale * 1.4426950408889634f;
-  Cursor& at = share.cursor;
   QueryRows<kTiles> query[NTiles];
   Accumulator<kTiles> acc[NTiles];
-  bool opened_part = false;  // whether this warp holds the part's first unit
-
-  for (int i = 0; i < share.count; ++i) {
-    const Request& request = at.request;
-    const bool is_page = at.unit < request.pages;
-    const bool first_of_part = at.unit == (is_page ? 0 : request.pages);
-    const bool last_of_part = at.unit + 1 == (is_page ? request.pages : request.units);
-    const int first_row = at.row_block * kRows;
-    const int rows = min(request.rows - first_row, kRows);
-
-    if (i == 0 || first_of_part) {
-      opened_part = first_of_part;
+  const Cursor& now = shared.now;
+  bool started = false;
+  while (true) {
+    // The units of one part of a segment: pages, or ring and in-flight tokens.
+    const bool pages = now.in_pages();
+    const int first_row = now.row_block * kRows;
+    const int end = min(pages ? now.request.pages : now.request.units, now.unit + left);
 #pragma unroll
-      for (int n = 0; n < NTiles; ++n) {
-        acc[n].reset();
-        const int row = first_row + 8 * n + g;
-        const uint8_t* source = nullptr;
-        if (8 * n + g < rows) {
-          const int64_t token = request.begin + p.args.first_token + row / p.args.group;
-          source = static_cast<const uint8_t*>(p.args.query) + token * p.args.query_token +
-                   (at.head * p.args.group + row % p.args.group) * p.args.query_head;
-        }
-        if (is_page) query[n].load_rotated(source, p.args.is_bf16, scale_log2, lane);
-        else query[n].load_exact(source, lane);
+    for (int n = 0; n < NTiles; ++n) {
+      acc[n].reset();
+      const int row = first_row + 8 * n + g;
+      const uint8_t* source = nullptr;
+      if (row < now.request.rows) {
+        const int64_t token = now.request.begin + p.args.first_token + row / p.args.group;
+        source = static_cast<const uint8_t*>(p.args.query) + token * p.args.query_token +
+                 (now.head * p.args.group + row % p.args.group) * p.args.query_head;
       }
+      query[n].load(source, !pages, lane);
     }
-
-    uint8_t* page = pipeline.wait();
-    if (is_page) {
-      const int valid = request.ring_start - at.unit * kPageTokens;
-      if (valid < kPageTokens) clear_value_params<Layout>(page, valid, lane);
-      attend_page<Layout, NTiles>(page, at.unit == 0, valid, query, acc, lane);
-      if (valid < kPageTokens) fence_before_async_copy();
-    } else {
-      ExactTokens tokens;
-      bool readable;
-      if (at.unit < request.copied) {
-        constexpr int kTokens = Layout::kRingTokens;
-        const int capacity = kTokens * p.args.ring_pages;
-        const int slot = (at.unit - request.pages) * kTokens + lane;
-        const int age = slot - request.ring_start % capacity;  // from the oldest token on, cyclic
-        readable = lane < kTokens && (age < 0 ? age + capacity : age) < request.context - request.ring_start;
-        tokens.key = page;
-        tokens.value = page + Layout::kRingTokenBytes / 2;
-        tokens.key_stride = tokens.value_stride = Layout::kRingTokenBytes;
-        tokens.position = -kInFlightTokens;  // visible to every row
-      } else {
-        tokens.position = (at.unit - request.copied) * kInFlightTokens;
-        readable = tokens.position + lane < request.query_len;
-        const int64_t token = request.begin + tokens.position;
-        tokens.key = static_cast<const uint8_t*>(p.args.key) + token * p.args.key_token + at.head * p.args.key_head;
-        tokens.value =
-            static_cast<const uint8_t*>(p.args.value) + token * p.args.value_token + at.head * p.args.value_head;
-        tokens.key_stride = p.args.key_token;
-        tokens.value_stride = p.args.value_token;
-      }
-      tokens.valid = __ballot_sync(kFullWarp, readable);
-      const int row_of_step = first_row + p.args.first_token * p.args.group;
-      if (p.args.is_bf16) attend_tokens<true>(tokens, query, row_of_step, p.args.group, scale_log2, acc, lane);
-      else attend_tokens<false>(tokens, query, row_of_step, p.args.group, scale_log2, acc, lane);
+    if (!started) fill_all(buffer, next);  // only now: the query must not queue behind every warp's first page
+    started = true;
+    if (pages) {
+#pragma unroll
+      for (int n = 0; n < NTiles; ++n) query[n].rotate(p.args.is_bf16, scale_log2, lane);
     }
-    pipeline.release();
-    if (unfilled) fill();
+    if (pages) attend_pages<Layout, NTiles>(now.unit, end, now.request.ring_start, buffer, next, query, acc, lane);
+    else attend_exact<Layout, NTiles>(now.unit, end, now, p, scale_log2, buffer, next, query, acc, lane);
 
-    if (last_of_part || i + 1 == share.count) {
-      const int part = 2 * segment_index(p, at.index, at.head, at.row_block) + (is_page ? 0 : 1);
-      const int slot = global_warp + part;
+    // Read again what the registers had no room for.
+    const int rows = min(now.request.rows - now.row_block * kRows, kRows);
+    const int part_begin = pages ? 0 : now.request.pages, part_end = pages ? now.request.pages : now.request.units;
+    const int part = 2 * segment_index(p, now.index, now.head, now.row_block) + (pages ? 0 : 1);
+    const int slot = shared.rank + part;
 #pragma unroll
-      for (int n = 0; n < NTiles; ++n) {
-        float* target = p.partial + (static_cast<int64_t>(slot) * p.slot_rows + 8 * n) * Layout::kHeadDim;
-        if (is_page) write_page_result<Layout>(acc[n], target, rows - 8 * n, lane);
-        else write_exact_result(acc[n], target, rows - 8 * n, lane);
-        if (g == 0) {
-          float2* max_sum = p.max_sum + static_cast<int64_t>(slot) * p.slot_rows + 8 * n;
+    for (int n = 0; n < NTiles; ++n) {
+      float* target = p.partial + (static_cast<int64_t>(slot) * p.slot_rows + 8 * n) * Layout::kHeadDim;
+      if (pages) write_page_result<Layout>(acc[n], target, rows - 8 * n, lane);
+      else write_exact_result(acc[n], target, rows - 8 * n, lane);
+      if (g == 0) {
+        float2* max_sum = p.max_sum + static_cast<int64_t>(slot) * p.slot_rows + 8 * n;
 #pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            if (8 * n + 2 * t + c < rows) max_sum[2 * t + c] = make_float2(acc[n].maximum[c], acc[n].extra[2 + c]);
-          }
+        for (int c = 0; c < 2; ++c) {
+          if (8 * n + 2 * t + c < rows) max_sum[2 * t + c] = make_float2(acc[n].maximum[c], acc[n].extra[2 + c]);
         }
       }
-      if (lane == 0) {
-        if (opened_part) p.ranges[part].x = slot;
-        if (last_of_part) p.ranges[part].y = slot;
-      }
     }
-    if (i + 1 < share.count) at.advance(p, kRows);
+    if (lane == 0) {
+      if (now.unit == part_begin) p.ranges[part].x = slot;
+      if (end == part_end) p.ranges[part].y = slot;
+    }
+    left -= end - now.unit;
+    if (left == 0) return;
+    Cursor c = now;
+    __syncwarp();
+    c.move_to(end, p, kRows);
+    if (lane == 0) shared.now = c;
+    __syncwarp();
   }
 }
 

@@ -14,36 +14,48 @@
 
 namespace oscar {
 
-// Key zeros times query: row `group` of the result, and in the first page of a sequence
-// row 8 holds the product with the exact first key.
+// Products of key zeros and query: row `group` of the result; the other rows mean nothing.
 template <class Layout>
-OSCAR_DEVICE void zero_products(const uint8_t* page, bool first, const QueryRows<Layout::kTiles>& query, int lane,
+OSCAR_DEVICE void zero_products(const uint8_t* params, bool one_group, const QueryRows<Layout::kTiles>& query, int lane,
                                 float (&result)[4]) {
   const int g = lane >> 2, t = lane & 3;
-  const bool one_group = Layout::kExactFirstKey && first;
-  const uint8_t* row = page + Layout::kKeyParams + (one_group ? 0 : g) * Layout::kKeyGroupBytes;
-#pragma unroll
-  for (int j = 0; j < 4; ++j) result[j] = 0.f;
+  const int group = one_group ? 0 : min(g, Layout::kKeyGroups - 1);
+  const uint8_t* row = params + Layout::kKeyParams + group * Layout::kKeyGroupBytes + Layout::kKeyGroupBytes / 2;
+  float half[2][4] = {};  // two chains of products instead of a long one
 #pragma unroll
   for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
-    uint32_t zeros[8] = {}, exact[8] = {};
-    if (g < Layout::kKeyGroups) load_key_params<Layout>(row + Layout::kKeyGroupBytes / 2, t, chunk, zeros);
-    if (one_group && g == 0) {
-      const uint32_t* key = reinterpret_cast<const uint32_t*>(page + Layout::kFirstKey) + t * 2 * Layout::kTiles;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) exact[i] = key[8 * chunk + i];
-    }
+    uint32_t zeros[8];
+    load_key_params<Layout>(row, t, chunk, zeros);
 #pragma unroll
     for (int i = 0; i < 8; i += 2) {
       const uint32_t* pair = query.pairs + 8 * chunk + i;
-      mma_f16(result, zeros[i], exact[i], zeros[i + 1], exact[i + 1], pair[0], mul_half2(pair[1], kHalf2Sixteen));
+      mma_f16(half[i / 2 & 1], zeros[i], 0u, zeros[i + 1], 0u, pair[0], mul_half2(pair[1], kHalf2Sixteen));
     }
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j) result[j] = half[0][j] + half[1][j];
+}
+
+// The product of the exact first key and the query, in every row of the result.
+template <class Layout>
+OSCAR_DEVICE void first_key_product(const uint8_t* params, const QueryRows<Layout::kTiles>& query, int lane,
+                                    float (&result)[4]) {
+  const uint32_t* key = reinterpret_cast<const uint32_t*>(params + Layout::kFirstKey) + (lane & 3) * 2 * Layout::kTiles;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) result[j] = 0.f;
+#pragma unroll
+  for (int i = 0; i < 2 * Layout::kTiles; i += 2) {
+    mma_f16(result, key[i], key[i], key[i + 1], key[i + 1], query.pairs[i],
+            mul_half2(query.pairs[i + 1], kHalf2Sixteen));
   }
 }
 
-// Attend to the first `valid` tokens of `page`.
-template <class Layout, int NTiles>
-OSCAR_DEVICE void attend_page(const uint8_t* page, bool first, int valid,
+// Attend to the first `valid` tokens of a page. `codes` and `params`: the buffers of code
+// words and of everything else, both to be indexed by page offsets. `values_ready()` is
+// called before the value codes are read, `keys_done()` after the last use of key codes.
+template <class Layout, int NTiles, class ValuesReady, class KeysDone>
+OSCAR_DEVICE void attend_page(const uint8_t* codes, const uint8_t* params, bool first, int valid,
+                              const ValuesReady& values_ready, const KeysDone& keys_done,
                               const QueryRows<Layout::kTiles> (&query)[NTiles],
                               Accumulator<Layout::kTiles> (&acc)[NTiles], int lane) {
   constexpr int kTiles = Layout::kTiles, kChunks = Layout::kChunks, kValueGroups = Layout::kValueGroups;
@@ -58,7 +70,7 @@ OSCAR_DEVICE void attend_page(const uint8_t* page, bool first, int valid,
 
   float zero[NTiles][4];
 #pragma unroll
-  for (int n = 0; n < NTiles; ++n) zero_products<Layout>(page, first, query[n], lane, zero[n]);
+  for (int n = 0; n < NTiles; ++n) zero_products<Layout>(params, one_group, query[n], lane, zero[n]);
 
 #pragma unroll 1
   for (int base = 0; base < 4; base += kBlocks) {
@@ -78,17 +90,17 @@ OSCAR_DEVICE void attend_page(const uint8_t* page, bool first, int valid,
         if (i == 0 || Layout::kKeyGroup == 32) {
           const int group = one_group ? 0 : block * 32 / Layout::kKeyGroup;
           uint32_t scales[8];
-          load_key_params<Layout>(page + Layout::kKeyParams + group * Layout::kKeyGroupBytes, t, chunk, scales);
+          load_key_params<Layout>(params + Layout::kKeyParams + group * Layout::kKeyGroupBytes, t, chunk, scales);
 #pragma unroll
           for (int n = 0; n < NTiles; ++n) {
 #pragma unroll
             for (int j = 0; j < 8; ++j) scaled[n][j] = mul_half2(query[n].pairs[8 * chunk + j], scales[j]);
           }
         }
-        const uint4 low4 = load_words(page + Layout::kKeyCodes, block, chunk, kChunks, lane);
+        const uint4 low4 = load_words(codes + Layout::kKeyCodes, block, chunk, kChunks, lane);
         uint4 high4 = {};
         if constexpr (Layout::kKeyBits > 2) {  // 3-bit keys: one high word for two blocks
-          high4 = load_words(page + Layout::kKeyHigh, Layout::kKeyBits == 3 ? block / 2 : block, chunk, kChunks, lane);
+          high4 = load_words(codes + Layout::kKeyHigh, Layout::kKeyBits == 3 ? block / 2 : block, chunk, kChunks, lane);
         }
         const uint32_t low[4] = {low4.x, low4.y, low4.z, low4.w};
         const uint32_t high[4] = {high4.x, high4.y, high4.z, high4.w};
@@ -125,16 +137,20 @@ OSCAR_DEVICE void attend_page(const uint8_t* page, bool first, int valid,
           s[3] = fmaf(s[3], upper1, zero1);
         }
       }
-      if (one_group && base == 0 && g == 0) {
-        score[n][0][0] = zero[n][2] * query[n].factor[0];
-        score[n][0][1] = zero[n][3] * query[n].factor[1];
+      if (one_group && base == 0) {
+        float exact[4];
+        first_key_product<Layout>(params, query[n], lane, exact);
+        if (g == 0) {
+          score[n][0][0] = exact[0] * query[n].factor[0];
+          score[n][0][1] = exact[1] * query[n].factor[1];
+        }
       }
     }
     if constexpr (Layout::kHasNorm) {
 #pragma unroll
       for (int r = 0; r < 2 * kBlocks; ++r) {
         const float2 norm =
-            unpack_half2(*reinterpret_cast<const uint32_t*>(page + Layout::kNorms + (2 * base + r) * 32 + g * 4));
+            unpack_half2(*reinterpret_cast<const uint32_t*>(params + Layout::kNorms + (2 * base + r) * 32 + g * 4));
 #pragma unroll
         for (int n = 0; n < NTiles; ++n) {
           score[n][r][0] *= norm.x, score[n][r][1] *= norm.x;
@@ -157,16 +173,18 @@ OSCAR_DEVICE void attend_page(const uint8_t* page, bool first, int valid,
     for (int n = 0; n < NTiles; ++n) softmax_step(score[n], acc[n]);
 
     // ---- values ----
+    if (base == 0) values_ready();
+    if (base + kBlocks == 4) keys_done();
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
       uint32_t weight[NTiles][2][kValueGroups][2];  // [.][16 tokens][value group][b], times the value scale
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int rows = 2 * (base + i) + r;
-        const uint2* scales = reinterpret_cast<const uint2*>(page + Layout::kValueScale + rows * 32 * kValueGroups);
+        const uint2* scales = reinterpret_cast<const uint2*>(params + Layout::kValueScale + rows * 32 * kValueGroups);
         uint2 zeros = make_uint2(0u, 0u);
         if (g < kValueGroups) {
-          zeros = *(reinterpret_cast<const uint2*>(page + Layout::kValueZero + rows * 32 * kValueGroups) + lane);
+          zeros = *(reinterpret_cast<const uint2*>(params + Layout::kValueZero + rows * 32 * kValueGroups) + lane);
         }
 #pragma unroll
         for (int n = 0; n < NTiles; ++n) {
@@ -184,14 +202,14 @@ OSCAR_DEVICE void attend_page(const uint8_t* page, bool first, int valid,
       }
 #pragma unroll
       for (int chunk = 0; chunk < kChunks; ++chunk) {
-        const uint4 codes4 = load_words(page + Layout::kValueCodes, base + i, chunk, kChunks, lane);
-        const uint32_t codes[4] = {codes4.x, codes4.y, codes4.z, codes4.w};
+        const uint4 words4 = load_words(codes + Layout::kValueCodes, base + i, chunk, kChunks, lane);
+        const uint32_t words[4] = {words4.x, words4.y, words4.z, words4.w};
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             const int tile = 4 * chunk + j, v = 16 * tile / Layout::kValueGroup;
-            const Fragment f = two_bit_fragment(codes[j], r);
+            const Fragment f = two_bit_fragment(words[j], r);
 #pragma unroll
             for (int n = 0; n < NTiles; ++n) {
               mma_f16(acc[n].out[tile], f.a[0], f.a[1], f.a[2], f.a[3], weight[n][r][v][0], weight[n][r][v][1]);
@@ -206,10 +224,10 @@ OSCAR_DEVICE void attend_page(const uint8_t* page, bool first, int valid,
 // Bytes of tokens that were never stored may be NaN, and 0 * NaN is NaN: clear the value
 // parameters of the tokens from `valid` on. Scores need no care, they are masked.
 template <class Layout>
-OSCAR_DEVICE void clear_value_params(uint8_t* page, int valid, int lane) {
+OSCAR_DEVICE void clear_value_params(uint8_t* params, int valid, int lane) {
   constexpr int kGroups = Layout::kValueGroups;
-  __half* scale = reinterpret_cast<__half*>(page + Layout::kValueScale);
-  __half* zero = reinterpret_cast<__half*>(page + Layout::kValueZero);
+  __half* scale = reinterpret_cast<__half*>(params + Layout::kValueScale);
+  __half* zero = reinterpret_cast<__half*>(params + Layout::kValueZero);
   for (int i = lane; i < kPageTokens * kGroups; i += 32) {
     const int token = i / kGroups, group = i % kGroups;
     if (token < valid) continue;

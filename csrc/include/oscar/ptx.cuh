@@ -42,17 +42,19 @@ OSCAR_DEVICE float exp2_approx(float x) {
   return y;
 }
 
-// Two e4m3 bytes to two fp16 numbers, exactly.
-OSCAR_DEVICE uint32_t e4m3x2_to_half2(uint32_t bytes) {
+// Four e4m3 bytes to fp16 numbers, exactly.
+OSCAR_DEVICE void e4m3x4_to_half2(uint32_t bytes, uint32_t& low, uint32_t& high) {
 #if __CUDA_ARCH__ >= 890
-  uint32_t d;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(d) : "h"(static_cast<uint16_t>(bytes)));
-  return d;
+  asm("{\n .reg .b16 l, h;\n mov.b32 {l, h}, %2;\n cvt.rn.f16x2.e4m3x2 %0, l;\n cvt.rn.f16x2.e4m3x2 %1, h;\n}"
+      : "=r"(low), "=r"(high)
+      : "r"(bytes));
 #else
-  // The exponent fields overlap after a shift; the biases differ by 8.
-  const uint32_t wide = __byte_perm(bytes, 0, 0x1404);  // byte i to the top of half i
-  const uint32_t bits = (wide & 0x80008000u) | ((wide & 0x7f007f00u) >> 1);
-  return mul_half2(bits, 0x5c005c00u);  // 2^8
+  // Byte i to the top of a half; after a shift the exponent fields overlap, and the biases differ by 8.
+  const auto convert = [](uint32_t wide) {
+    return mul_half2((wide & 0x80008000u) | ((wide & 0x7f007f00u) >> 1), 0x5c005c00u);  // times 2^8
+  };
+  low = convert(__byte_perm(bytes, 0, 0x1404));
+  high = convert(__byte_perm(bytes, 0, 0x3424));
 #endif
 }
 

@@ -12,17 +12,35 @@ struct QueryRows {
   uint32_t pairs[2 * Tiles];
   float factor[2];  // rotated only: to log2 units, for columns 2*t and 2*t + 1
 
-  // fp16 pairs [tile][b] of channels 16*tile + 8*b + 2*t, those with b = 1 divided by 16.
-  // `row`: 16-bit query row g, or null. Rows are scaled to a common maximum, so that fp16
-  // products with key scales neither overflow nor lose small queries.
-  OSCAR_DEVICE void load_rotated(const uint8_t* row, bool is_bf16, float scale_log2, int lane) {
+  // The row's words as they are; null: zeros. Exact: channels 32*i + 8*t .. + 7 in words
+  // 4*i .. 4*i + 3. For rotate(): channels 16*tile + 8*b + 2*t and the next, [tile][b].
+  OSCAR_DEVICE void load(const uint8_t* row, bool exact, int lane) {
+    const int t = lane & 3;
+    if (exact) {
+#pragma unroll
+      for (int i = 0; i < Tiles / 2; ++i) {
+        uint4 v = {};
+        if (row) v = *reinterpret_cast<const uint4*>(row + 64 * i + 16 * t);
+        pairs[4 * i] = v.x, pairs[4 * i + 1] = v.y, pairs[4 * i + 2] = v.z, pairs[4 * i + 3] = v.w;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2 * Tiles; ++i) {
+        pairs[i] = row ? *reinterpret_cast<const uint32_t*>(row + 16 * i + 4 * t) : 0u;
+      }
+    }
+  }
+
+  // Rotate what load() has loaded; pairs with b = 1 are then divided by 16. Rows are scaled
+  // to a common maximum, so that fp16 products with key scales neither overflow nor lose
+  // small queries.
+  OSCAR_DEVICE void rotate(bool is_bf16, float scale_log2, int lane) {
     constexpr float kTop = 8.f;
     const int t = lane & 3;
     float x[4 * Tiles];
 #pragma unroll
     for (int i = 0; i < 2 * Tiles; ++i) {
-      const uint32_t word = row ? *reinterpret_cast<const uint32_t*>(row + 16 * i + 4 * t) : 0u;
-      const float2 pair = is_bf16 ? unpack_bfloat162(word) : unpack_half2(word);
+      const float2 pair = is_bf16 ? unpack_bfloat162(pairs[i]) : unpack_half2(pairs[i]);
       x[2 * i] = pair.x;
       x[2 * i + 1] = pair.y;
     }
@@ -42,16 +60,6 @@ struct QueryRows {
     const float own = top / kTop * scale_log2 * rsqrtf(16.f * Tiles);
     factor[0] = __shfl_sync(kFullWarp, own, 8 * t);
     factor[1] = __shfl_sync(kFullWarp, own, 8 * t + 4);
-  }
-
-  // The row's own 16-bit words: channels 32*i + 8*t .. + 7 in words 4*i .. 4*i + 3.
-  OSCAR_DEVICE void load_exact(const uint8_t* row, int lane) {
-#pragma unroll
-    for (int i = 0; i < Tiles / 2; ++i) {
-      uint4 v = {};
-      if (row) v = *reinterpret_cast<const uint4*>(row + 64 * i + 16 * (lane & 3));
-      pairs[4 * i] = v.x, pairs[4 * i + 1] = v.y, pairs[4 * i + 2] = v.z, pairs[4 * i + 3] = v.w;
-    }
   }
 };
 

@@ -60,9 +60,19 @@ struct Cursor {
   Request request;
   int index, head, row_block, unit;
 
-  // To the next unit; the caller knows that there is one.
-  OSCAR_DEVICE void advance(const AttentionParams& p, int block_rows) {
-    if (++unit < request.units) return;
+  OSCAR_DEVICE bool in_pages() const { return unit < request.pages; }
+  OSCAR_DEVICE bool in_ring() const { return unit >= request.pages && unit < request.copied; }
+
+  // One past the units of the same kind that begin here.
+  OSCAR_DEVICE int run_end() const {
+    return in_pages() ? request.pages : in_ring() ? request.copied : request.units;
+  }
+
+  // To `next`, a unit of this segment or its end, and then to the next segment; the caller
+  // knows that there is one.
+  OSCAR_DEVICE void move_to(int next, const AttentionParams& p, int block_rows) {
+    unit = next;
+    if (unit < request.units) return;
     unit = 0;
     if (++row_block < request.row_blocks) return;
     row_block = 0;
@@ -72,22 +82,64 @@ struct Cursor {
       request = Request(p, ++index, block_rows);
     } while (request.row_blocks == 0);
   }
+};
 
-  // The table entry of the unit; loaded well before the bytes it points to.
-  OSCAR_DEVICE int load_entry(const AttentionParams& p) const {
-    if (unit >= request.copied) return 0;
-    const bool page = unit < request.pages;
-    const int* table = page ? p.args.block_table : p.args.ring_table;
-    const int64_t row = index * (page ? p.args.block_table_row : p.args.ring_table_row);
-    return *(reinterpret_cast<const int*>(reinterpret_cast<const uint8_t*>(table) + row) +
-             (page ? unit : unit - request.pages));
+// Walks the line one unit ahead of the computation, and the tables two units ahead.
+class Producer {
+ public:
+  enum Kind { kPage, kRing, kInFlight, kEnd };
+
+  // `cursor`: this warp's own, in shared memory: registers are scarce and it is rarely needed.
+  OSCAR_DEVICE Producer(const AttentionParams& p, Cursor* cursor, int units, int block_rows, int lane)
+      : p_(p), cursor_(cursor), units_(units), block_rows_(block_rows), lane_(lane) {
+    start_run(*cursor);
   }
 
-  OSCAR_DEVICE const uint8_t* source(const AttentionParams& p, int64_t entry) const {
-    return unit < request.pages
-               ? static_cast<const uint8_t*>(p.args.pages) + entry * p.args.page_block + head * p.args.page_head
-               : static_cast<const uint8_t*>(p.args.ring) + entry * p.args.ring_block + head * p.args.ring_head;
+  OSCAR_DEVICE Kind kind() const { return kind_; }
+
+  // The page or ring page of the current unit.
+  OSCAR_DEVICE const uint8_t* source() const {
+    return base_ + entry_ * (kind_ == kPage ? p_.args.page_block : p_.args.ring_block);
   }
+
+  OSCAR_DEVICE void advance() {
+    if (--units_ == 0) {
+      kind_ = kEnd;
+    } else if (--left_) {
+      if (kind_ != kInFlight) entry_ = *++table_;
+    } else {
+      __syncwarp();
+      Cursor c = *cursor_;
+      __syncwarp();
+      c.move_to(c.run_end(), p_, block_rows_);
+      if (lane_ == 0) *cursor_ = c;
+      start_run(c);
+    }
+  }
+
+ private:
+  OSCAR_DEVICE void start_run(const Cursor& c) {
+    const OscarAttentionArgs& args = p_.args;
+    left_ = c.run_end() - c.unit;
+    kind_ = c.in_pages() ? kPage : c.in_ring() ? kRing : kInFlight;
+    if (kind_ == kInFlight) return;
+    const bool page = kind_ == kPage;
+    base_ = page ? static_cast<const uint8_t*>(args.pages) + c.head * args.page_head
+                 : static_cast<const uint8_t*>(args.ring) + c.head * args.ring_head;
+    const int64_t row = c.index * (page ? args.block_table_row : args.ring_table_row);
+    table_ = reinterpret_cast<const int*>(reinterpret_cast<const uint8_t*>(page ? args.block_table : args.ring_table) +
+                                          row) +
+             (page ? c.unit : c.unit - c.request.pages);
+    entry_ = *table_;
+  }
+
+  const AttentionParams& p_;
+  Cursor* cursor_;
+  int units_, left_, block_rows_, lane_;
+  Kind kind_;
+  int64_t entry_ = 0;
+  const int* table_ = nullptr;
+  const uint8_t* base_ = nullptr;
 };
 
 // One warp's share of the line: `count` units from `cursor` on.
