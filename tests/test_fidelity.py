@@ -37,6 +37,15 @@ def tiny_model(attn: str) -> torch.nn.Module:
     return transformers.LlamaForCausalLM(config).eval()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small only lose by being shared among threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def lab() -> measures.Lab:
     attention.register()
@@ -45,7 +54,7 @@ def lab() -> measures.Lab:
 
 @pytest.fixture(scope="module")
 def tokens() -> torch.Tensor:
-    return torch.randint(0, 97, (2, 700), generator=torch.Generator().manual_seed(1))
+    return torch.randint(0, 97, (2, 600), generator=torch.Generator().manual_seed(1))
 
 
 def test_exact_attention_is_the_model(lab, tokens):
@@ -66,13 +75,13 @@ def test_a_lossy_method_diverges_more_with_fewer_bits(lab, tokens):
     exact = [lab.hidden(row[None], None)[0] for row in tokens]
     kl = [
         sum(r["kl"] for r in measures.text(lab, known[name], tokens, exact))
-        for name in ("bf16", "oscar_large", "oscar", "oscar_paper")
+        for name in ("bf16", "oscar_large", "oscar_paper")
     ]
     assert kl == sorted(kl) and kl[0] < 0.1 * kl[-1]
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("position", [0, 127, 128, 200, 255, 256, 390, 511])
+@pytest.mark.parametrize("position", [0, 127, 128, 255, 390])
 def test_each_query_sees_what_the_serving_path_reads(name, position):
     """Against the normative attention over pages and ring, one decode step at a time."""
     from vllm_oscar.config import WINDOW_TOKENS
@@ -99,13 +108,13 @@ def test_each_query_sees_what_the_serving_path_reads(name, position):
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["oscar", "oscar_paper", "kivi"])
+@pytest.mark.parametrize("name", ["oscar", "kivi"])
 def test_decoding_token_by_token_equals_one_pass(lab, tokens, name):
-    method, row = methods.registry()[name], tokens[:1, :300]
+    method, row = methods.registry()[name], tokens[:1, :262]
     cache = transformers.DynamicCache()
     with torch.no_grad(), attention.quantized(method):
-        rows = [lab.model.model(input_ids=row[:, :200], past_key_values=cache, use_cache=True).last_hidden_state]
-        for i in range(200, 300):
+        rows = [lab.model.model(input_ids=row[:, :240], past_key_values=cache, use_cache=True).last_hidden_state]
+        for i in range(240, 262):
             step = lab.model.model(input_ids=row[:, i : i + 1], past_key_values=cache, use_cache=True)
             rows.append(step.last_hidden_state)
     torch.testing.assert_close(torch.cat(rows, 1), lab.hidden(row, method), atol=2e-3, rtol=2e-3)
@@ -146,7 +155,7 @@ from vllm.model_executor.layers.quantization.turboquant.config import TurboQuant
 from benchmarks.fidelity.methods import turboquant_centroids, turboquant_replay, TURBOQUANT_PRESETS
 from vllm_oscar.hadamard import hadamard
 torch.manual_seed(0)
-tokens, heads, dim = 4, 2, 64
+tokens, heads, dim = 2, 2, 64
 for name, (kb, vb) in TURBOQUANT_PRESETS.items():
     c = TurboQuantConfig.from_cache_dtype(name, dim)
     key, value = torch.randn(2, tokens, heads, dim)
@@ -234,3 +243,48 @@ def test_records_resume_and_survive_an_interruption(tmp_path):
     known = Records.new("m", methods.registry()["oscar"], 128, "text", {"documents": 2, "length": 512, "from": 256})
     assert known in records
     assert known | {"definition": "another"} not in records
+
+
+# ---- the harness --------------------------------------------------------------------
+def test_needles_lie_at_their_depth():
+    import random
+
+    from benchmarks.harness import suites
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TOKENIZER)
+    text = "def f(x):\n    return x + 1  # one more\n" * 2000
+    for depth in suites.NEEDLE_DEPTHS:
+        row = suites.needle_document(text, tokenizer, 512, depth, random.Random(0))
+        assert abs(len(tokenizer(row["input"]).input_ids) - 512) < 24
+        (code,) = row["outputs"]
+        assert row["input"].index(code) / len(row["input"]) == pytest.approx(depth, abs=0.2)
+        assert suites.found_all(row, [f" {code}."]) == {"found": 1.0}
+        assert suites.found_all(row, ["none"]) == {"found": 0.0}
+
+
+def test_suites_read_the_users_files(tmp_path):
+    from benchmarks.harness import suites
+
+    def write(name: str, row: dict) -> None:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(row) + "\n")
+
+    write("test.jsonl", {"question": "1+1?", "answer": "#### 2"})
+    write("qasper_e.jsonl", {"input": "who?", "context": "a cat", "answers": ["cat"], "all_classes": None})
+    write("vt/validation.jsonl", {"input": "x = 1, print x", "outputs": ["1"]})
+    (gsm8k,) = suites.gsm8k(tmp_path)
+    assert gsm8k["task"] == "gsm8k" and gsm8k["num_fewshot"] == 0
+    (qasper,) = suites.longbench_e(tmp_path)
+    assert qasper["task"] == "longbench_qasper_e"
+    (vt,) = suites.ruler(tmp_path)
+    assert vt["task"] == "ruler_vt" and vt["process_results"]({"outputs": ["1", "2"]}, ["is 1"]) == {"found": 0.5}
+    pytest.importorskip("datasets")
+    assert qasper["custom_dataset"]()["test"][0]["question"] == "who?"
+
+
+def test_harness_table_has_a_column_per_dtype():
+    from benchmarks.harness.cli import markdown
+
+    table = markdown("ruler", {d: {"vt": {"found,none": 0.5, "found_stderr,none": 0.1}} for d in ("auto", "oscar")})
+    assert "| task | metric | auto | oscar |" in table
+    assert table.count("0.5000 ± 0.1000") == 2 and "stderr" not in table

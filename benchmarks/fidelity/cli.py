@@ -86,6 +86,7 @@ def run(
     documents: Annotated[int | None, typer.Option(help="Documents of text and of layer errors.")] = None,
     length: Annotated[int | None, typer.Option(help="Their tokens.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Recall documents per length and task.")] = None,
+    recall_lengths: Annotated[str | None, typer.Option(help="Tokens of recall documents, comma-separated.")] = None,
     text: Texts = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda if there is one]")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's choice.")] = 0,
@@ -97,32 +98,39 @@ def run(
     if threads:
         torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = False
-    changed = {"documents": documents, "length": length, "seeds": seeds}
+    lengths = tuple(int(n) for n in recall_lengths.split(",")) if recall_lengths else None
+    changed = {"documents": documents, "length": length, "seeds": seeds, "recall_lengths": lengths}
     plan = replace(QUICK if quick else Plan(), **{k: v for k, v in changed.items() if v is not None})
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     chosen, records, start = choose(method), Records(out), time.monotonic()
-    texts = tasks.read_texts(text)
+    texts, failed = tasks.read_texts(text), 0
     for path in model:
         lab = measures.Lab.load(path, texts, device)
-        if lab.context < max(plan.length, *plan.recall_lengths):
-            limit = lab.context
-            plan = replace(plan, length=min(plan.length, limit),
-                           recall_lengths=tuple(n for n in plan.recall_lengths if n <= limit))
-        _measure(lab, chosen, wanted, plan, records)
+        fitting = tuple(n for n in plan.recall_lengths if n <= lab.context)
+        here = replace(plan, length=min(plan.length, lab.context), recall_lengths=fitting)
+        failed += _measure(lab, chosen, wanted, here, records)
     console.print(f"{records.path}: {len(records.all)} records, {time.monotonic() - start:.0f} s")
     reporting.write(records, out)
+    if failed:
+        raise typer.Exit(1)
 
 
-def _measure(lab: measures.Lab, chosen: list[methods.Method], wanted: list[str], plan: Plan, records: Records) -> None:
-    """All measures of one model that are not recorded yet."""
+def _measure(lab: measures.Lab, chosen: list[methods.Method], wanted: list[str], plan: Plan, records: Records) -> int:
+    """All measures of one model that are not recorded yet; returns how many failed."""
     main = [m for m in chosen if m.family not in ("grid", "ablation")]
     jobs = [job for name in wanted for job in _JOBS[name](lab, chosen, main, plan, records)]
+    failed = 0
     with progress() as bar:
         task = bar.add_task(lab.name, total=len(jobs))
         for label, job in jobs:
             bar.update(task, description=f"{lab.name}: {label}")
-            job()
+            try:
+                job()
+            except Exception:  # one method that does not run here must not cost the others
+                failed += 1
+                console.print_exception(max_frames=4)
             bar.advance(task)
+    return failed
 
 
 def _text_jobs(lab, chosen, main, plan, records):

@@ -44,7 +44,7 @@ def _held_out(text: str) -> bool:
     return digest[0] * 256 + digest[1] < 65536 // 50
 
 
-def read_texts(folders: list[Path] | None, characters: int = 3_000_000) -> list[str]:
+def read_texts(folders: list[Path] | None, characters: int = 1_000_000) -> list[str]:
     """Held-out files of ``folders`` (default: the running Python's library), in a fixed order.
 
     A folder of the user's own text is taken whole.

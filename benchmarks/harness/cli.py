@@ -94,16 +94,12 @@ def make_tasks(suite: str, model: str, data=None, tasks=(), lengths=(), samples=
 def evaluate(suite: str, model: str, dtype: str, engine: dict, limit: int | None, options: dict) -> dict[str, dict]:
     """Metrics per task of one KV-cache dtype. Runs in a process of its own, which then frees the device."""
     from lm_eval import simple_evaluate
+    from lm_eval.models.vllm_causallms import VLLM
 
-    results = simple_evaluate(
-        model="vllm",
-        model_args={"pretrained": model, "kv_cache_dtype": dtype, "seed": 0} | engine,
-        tasks=make_tasks(suite, model, **options),
-        limit=limit,
-        batch_size="auto",
-        log_samples=False,
-        bootstrap_iters=1000,
-    )
+    lm = VLLM(pretrained=model, kv_cache_dtype=dtype, **{"seed": 0, "batch_size": "auto"} | engine)
+    tasks = make_tasks(suite, model, **options)
+    results = simple_evaluate(model=lm, tasks=tasks, limit=limit, log_samples=False, bootstrap_iters=1000)
+    lm.model.llm_engine.engine_core.shutdown()  # otherwise this process would wait for the engine's for ever
     found = results["results"].items()
     return {task: {k: v for k, v in metrics.items() if isinstance(v, (int, float))} for task, metrics in found}
 
