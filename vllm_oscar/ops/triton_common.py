@@ -62,6 +62,8 @@ class Layout(NamedTuple):
     V_SCALE: tl.constexpr
     V_ZERO: tl.constexpr
     NORMS: tl.constexpr
+    PADDING: tl.constexpr
+    PAGE_BYTES: tl.constexpr
     RING_TOKENS: tl.constexpr  # tokens per ring page
     ROTATION_SCALE: tl.constexpr  # 1 / sqrt(DIM): the tables hold signs
 
@@ -88,6 +90,8 @@ def layout(fmt: PageFormat, itemsize: int) -> Layout:
         V_SCALE=sections["v_scale"],
         V_ZERO=sections["v_zero"],
         NORMS=sections["norms"],
+        PADDING=fmt.sections["norms"].end,
+        PAGE_BYTES=fmt.page_bytes,
         RING_TOKENS=fmt.ring_tokens_per_page(itemsize),
         ROTATION_SCALE=fmt.head_dim**-0.5,
     )
@@ -203,12 +207,12 @@ def load_key_params(page, base, cell, half, F: tl.constexpr, mask):
     """
     if F.FP16_PARAMS:
         row = as_pointer(page, F.K_PARAMS, tl.float16) + base + 4 * cell
-        first = tl.load(row + half, mask=mask, other=0.0)
-        second = tl.load(row + 2 + half, mask=mask, other=0.0)
-        exchanged = tl.load(row + 3 - half, mask=mask, other=0.0)
+        first = load_columns(row + half, mask, F)
+        second = load_columns(row + 2 + half, mask, F)
+        exchanged = load_columns(row + 3 - half, mask, F)
         return first, second, exchanged
     else:  # one word holds both halves of both columns
-        words = tl.load(as_pointer(page + base, F.K_PARAMS, tl.uint32) + cell, mask=mask, other=0)
+        words = load_columns(as_pointer(page + base, F.K_PARAMS, tl.uint32) + cell, mask, F)
         shift = (8 * half).to(tl.uint32)
         return (
             e4m3_to_half((words >> shift) & 0xFF),
@@ -258,6 +262,15 @@ def half_dot(a, b, acc, PRECISE: tl.constexpr):
     if PRECISE:
         acc = tl.dot((a - high.to(tl.float32)).to(tl.float16), b, acc)
     return acc
+
+
+@triton.jit
+def load_columns(pointer, is_column, F: tl.constexpr):
+    """Load with a mask only where tiles have padding."""
+    if F.DIM == F.DIM_PAD:
+        return tl.load(pointer)
+    else:
+        return tl.load(pointer, mask=is_column, other=0)
 
 
 @triton.jit
@@ -520,8 +533,8 @@ def attend_group(
         has_exact = exact_page & (group == 0)
         if has_exact:
             first_ptr = as_pointer(page, F.K_PARAMS + 2 * DIM * (2 if F.FP16_PARAMS else 1), tl.float16)
-            first0 = tl.load(first_ptr + 4 * cell + half, mask=is_column, other=0.0)
-            first1 = tl.load(first_ptr + 4 * cell + 2 + half, mask=is_column, other=0.0)
+            first0 = load_columns(first_ptr + 4 * cell + half, is_column, F)
+            first1 = load_columns(first_ptr + 4 * cell + 2 + half, is_column, F)
             exact = dot_vector(q0, q1, first0, first1, HALF_PAD, PRECISE) * row_scale
 
     param_base = group * 2 * DIM
@@ -533,12 +546,12 @@ def attend_group(
     qs0 = q0 * scale0.to(q0.dtype)[None, :]
     qs1 = q1 * (scale1.to(q0.dtype) * 0.0625)[None, :]  # slots j1 = 1 hold code * 16
 
-    words = tl.load(low_ptr + group * (BLOCKS * 64 * TILES) + word_offset, mask=is_column[:, None], other=0)
+    words = load_columns(low_ptr + group * (BLOCKS * 64 * TILES) + word_offset, is_column[:, None], F)
     high = words
     qs2 = qs1
     if F.KEY_BITS > 2:
         high_block = (group * BLOCKS) // 2 if F.KEY_BITS == 3 else group * BLOCKS
-        high = tl.load(high_ptr + high_block * (64 * TILES) + high_offset, mask=is_column[:, None], other=0)
+        high = load_columns(high_ptr + high_block * (64 * TILES) + high_offset, is_column[:, None], F)
         # the wrapped slot is read as high * 64, in units of 4 * 4**j
         qs2 = q2 * (scale2.to(q0.dtype) * (0.25 if FOLD == 1 else 0.0625))[None, :]
 
@@ -587,9 +600,7 @@ def attend_group(
     if F.VALUE_GROUPS == 1:
         zero = zero * shrink
 
-    value_words = tl.load(
-        value_ptr + group * (BLOCKS * 64 * TILES) + value_offset, mask=is_column[None, :], other=0
-    )
+    value_words = load_columns(value_ptr + group * (BLOCKS * 64 * TILES) + value_offset, is_column[None, :], F)
     weights = tl.zeros([q0.shape[0], SUBSET], tl.float32)
     offsets = tl.zeros([q0.shape[0], SUBSET], tl.float32)
     for part in tl.static_range(PARTS):

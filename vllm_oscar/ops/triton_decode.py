@@ -151,7 +151,7 @@ def decode_kernel(
         partial_row = request * MAX_QUERY + token
     else:
         partial_row = begin + token
-    partial = (split.to(tl.int64) * rows + partial_row) * heads + query_head
+    partial = (split * rows + partial_row) * heads + query_head  # at most 2**31 rows
 
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -187,7 +187,7 @@ def decode_kernel(
             DOT,
             BLOCK_N,
         )
-        tl.store(partial_ptr + partial[:, None] * (2 * HALF_PAD) + channel[None, :], acc, mask=is_row[:, None])
+        tl.store(partial_ptr + (partial.to(tl.int64) * (2 * HALF_PAD))[:, None] + channel[None, :], acc, mask=is_row[:, None])
     else:
         column = tl.arange(0, HALF_PAD)
         source = rotated_ptr + ((query_row * heads + query_head) * (2 * HALF_PAD))[:, None] + column[None, :]
@@ -226,7 +226,7 @@ def decode_kernel(
                 PRECISE,
             )
         acc0, acc1 = rotated_output(zero, acc0, acc1, F, CODES)
-        target = partial_ptr + (partial * (2 * HALF_PAD))[:, None] + column[None, :]
+        target = partial_ptr + (partial.to(tl.int64) * (2 * HALF_PAD))[:, None] + column[None, :]
         tl.store(target, acc0, mask=is_row[:, None])
         tl.store(target + HALF_PAD, acc1, mask=is_row[:, None])
     tl.store(stats_ptr + partial * 2, peak, mask=is_row)

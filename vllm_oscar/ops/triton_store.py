@@ -59,7 +59,7 @@ def affine_params(low, high, LEVELS: tl.constexpr, clip, F: tl.constexpr, FP16: 
     if F.INTEGER_ZERO:
         code = round_even(tl.minimum(tl.maximum(tl.div_rn(-low, tl.where(scale > 0, scale, 1.0)), -1.0), LEVELS + 1.0))
         code = tl.minimum(tl.maximum(code, 0.0), LEVELS)
-        zero = -tl.where(scale > 0, code, 0.0) * scale
+        zero = tl.where(scale > 0, code, 0.0) * scale * -1.0
     if FP16:
         zero_bits = to_fp16(zero)
         zero = zero_bits.to(tl.float32)
@@ -102,7 +102,7 @@ def load_block(
     row = (begin + position - context).to(tl.int64)
     new = tl.load(
         new_ptr + (row * new_stride)[:, None] + channel[None, :],
-        mask=(~held)[:, None] & is_channel[None, :],
+        mask=(position >= context)[:, None] & is_channel[None, :],
         other=0.0,
     )
     return tl.where(held[:, None], old, new)
@@ -184,13 +184,16 @@ def store_kernel(
             tl.store(as_pointer(page, F.NORMS, tl.float16) + slot, norm_bits)
             key = tl.div_rn(key, tl.where(norm > 0, norm, 1.0)[:, None])
             key = tl.where((norm > 0)[:, None], key, 0.0)
-        store_keys(page, key, block == 0, key_clip, F)
+        store_keys(page, key, block, key_clip, F)
     else:
         raw = load_block(
             value_ptr + head * value_head_stride, value_stride, ring_head, ring_stride, ring_table, ring_pages,
             position, context, begin, F, True,
         )  # fmt: skip
         store_values(page, tl.dot(raw.to(DOT), signs.to(DOT), input_precision="ieee") * F.ROTATION_SCALE, value_clip, F)
+        if F.PADDING < F.PAGE_BYTES:
+            spare = F.PADDING + tl.arange(0, 128)
+            tl.store(page + spare, tl.zeros([128], tl.uint8), mask=spare < F.PAGE_BYTES)
 
 
 @triton.jit
@@ -199,7 +202,7 @@ def rotate_left_two(words):
 
 
 @triton.jit
-def store_keys(page, key, is_first, clip, F: tl.constexpr):
+def store_keys(page, key, block_index, clip, F: tl.constexpr):
     """Sections k_codes, k_high and k_params of normalised, rotated keys ``[128, DIM_PAD]``."""
     DIM: tl.constexpr = F.DIM
     DIM_PAD: tl.constexpr = F.DIM_PAD
@@ -213,7 +216,7 @@ def store_keys(page, key, is_first, clip, F: tl.constexpr):
     low = tl.min(grouped, 1)
     high = tl.max(grouped, 1)
     if F.EXACT_FIRST:
-        if is_first:  # all tokens but the first shape all groups alike
+        if block_index == 0:  # all tokens but the first shape all groups alike
             is_sink = (token == 0)[:, None]
             low = tl.broadcast_to(tl.min(tl.where(is_sink, float("inf"), key), 0)[None, :], [GROUPS, DIM_PAD])
             high = tl.broadcast_to(tl.max(tl.where(is_sink, float("-inf"), key), 0)[None, :], [GROUPS, DIM_PAD])
@@ -225,7 +228,7 @@ def store_keys(page, key, is_first, clip, F: tl.constexpr):
     is_param = (channel < DIM)[None, :] & (group >= 0)[:, None]
     if F.EXACT_FIRST:
         # in a first page the bytes of group 1 hold the exact key
-        is_param &= ((group != 1) | (~is_first))[:, None]
+        is_param = is_param & ((group != 1) | (block_index > 0))[:, None]
     param_spot = (2 * DIM * group)[:, None] + spot[None, :]
     if F.FP16_PARAMS:
         param_ptr = as_pointer(page, F.K_PARAMS, tl.float16)
@@ -234,7 +237,7 @@ def store_keys(page, key, is_first, clip, F: tl.constexpr):
     tl.store(param_ptr + param_spot, scale_bits, mask=is_param)
     tl.store(param_ptr + param_spot + DIM, zero_bits, mask=is_param)
     if F.EXACT_FIRST:
-        if is_first:
+        if block_index == 0:
             exact = to_fp16(tl.sum(tl.where((token == 0)[:, None], key, 0.0), 0))
             first_ptr = as_pointer(page, F.K_PARAMS + 2 * DIM * (2 if F.FP16_PARAMS else 1), tl.float16)
             tl.store(first_ptr + spot, exact, mask=channel < DIM)
