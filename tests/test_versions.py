@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vLLM that is installed has what the plugin needs, and registration holds.
+
+Other versions' sources are checked by hand with ``python tests/check_vllm_sources.py``.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import check_vllm_sources as sources
+import pytest
+
+vllm = pytest.importorskip("vllm")
+INSTALLED = Path(vllm.__file__).parent.parent
+
+
+def test_the_installed_vllm_is_supported():
+    from vllm_oscar import compat
+
+    assert compat.unsupported_version() is None
+    assert compat.MIN_VLLM <= compat.vllm_version() <= compat.MAX_VLLM
+
+
+def test_every_symbol_exists_with_its_parameters():
+    assert sources.problems(INSTALLED) == []
+
+
+def test_the_plugin_registers_in_a_fresh_process():
+    assert sources.register(INSTALLED) is None
+
+
+@pytest.mark.parametrize(
+    "file, old, new, expected",
+    [
+        ("v1/core/block_pool.py", "def get_new_blocks(self", "def take_blocks(self", "has no BlockPool.get_new_blocks"),
+        ("v1/kv_cache_interface.py", "state_content_bytes", "content_bytes", "AttentionSpec has no state_content_bytes"),
+        (
+            "platforms/cpu.py",
+            "selected_backend: ",
+            "backend: ",
+            "CpuPlatform.get_attn_backend_cls has no selected_backend",
+        ),
+    ],
+)
+def test_the_check_sees_a_changed_vllm(tmp_path, file, old, new, expected):
+    """Each change alone, in a copy of the files that the check reads."""
+    for name, *_ in (*sources.ALWAYS, *sources.NEW_DTYPE, *sources.OLD_DTYPE):
+        target = tmp_path / "vllm" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(INSTALLED / "vllm" / name, target)
+    assert sources.problems(tmp_path) == []
+    changed = tmp_path / "vllm" / file
+    changed.write_text(changed.read_text().replace(old, new))
+    sources._module.cache_clear()
+    found = sources.problems(tmp_path)
+    assert len(found) == 1 and expected in found[0], found
+
+
+def test_applying_twice_changes_nothing():
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.platforms import current_platform
+
+    from vllm_oscar import compat
+
+    compat.apply()
+    before = (Attention.__init__, Attention.get_kv_cache_spec, type(current_platform).get_attn_backend_cls.__func__)
+    compat.apply()
+    after = (Attention.__init__, Attention.get_kv_cache_spec, type(current_platform).get_attn_backend_cls.__func__)
+    assert before == after
+    assert not hasattr(before[0].__wrapped__, "_oscar")  # wrapped once
