@@ -18,15 +18,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import typer
-from rich.console import Console
-from rich.table import Table
-
 ROOT = Path(__file__).parents[1]
+sys.path[0] = str(ROOT)  # instead of this folder, whose kernels.py would hide a package that transformers looks for
+
+import typer  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
 QWEN3_8B = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -69,8 +71,7 @@ def _logprobs(llm, prompts, max_tokens: int):
 
 def job_check(llm) -> dict:
     """Greedy continuations of block-edge lengths, twice (prefix hits), and recall."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    import demo
+    from examples import demo
 
     tokenizer = llm.get_tokenizer()
     ids = tokenizer(demo.long_prompt(380), add_special_tokens=False).input_ids
@@ -156,6 +157,32 @@ def engine(job: str, arguments: dict, timeout: float, lossless: bool = False, **
         return None
 
 
+def engine_here(job: str, arguments: dict, lossless: bool = False, **options) -> dict | None:
+    """The same in this process; None, with the traceback, if it fails."""
+    import gc
+    import traceback
+
+    import torch
+
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_OSCAR_CODEC": "lossless" if lossless else "oscar"}
+    from vllm import LLM
+
+    llm = None
+    start = time.perf_counter()
+    try:
+        llm = LLM(**options)
+        started = time.perf_counter() - start
+        tokens = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
+        return {**JOBS[job](llm, **arguments), "start_s": started, "kv_tokens": tokens}
+    except Exception:
+        print(traceback.format_exc()[-2500:], flush=True)
+        return None
+    finally:
+        del llm
+        gc.collect()
+        torch.accelerator.memory.empty_cache() if torch.accelerator.is_available() else None
+
+
 # ---- commands ----------------------------------------------------------------------
 @app.command(hidden=True)
 def job(spec: str) -> None:
@@ -177,19 +204,23 @@ def worst_difference(a: dict, b: dict) -> float:
 def check(
     model: Annotated[Path, typer.Option()] = ROOT / "examples" / "demo_model",
     timeout: Annotated[float, typer.Option(help="Seconds per engine.")] = 150,
+    one_process: Annotated[bool, typer.Option(help="All engines in this process: faster, less separate.")] = False,
 ) -> None:
     """Correctness through vLLM on this GPU."""
     common = dict(model=str(model), max_model_len=4096, kv_cache_memory_bytes=1 << 30, max_num_seqs=16,
-                  gpu_memory_utilization=0.15)  # fmt: skip
+                  gpu_memory_utilization=0.5)  # fmt: skip
     runs = {
         "auto": dict(enforce_eager=True),
         "oscar lossless": dict(kv_cache_dtype="oscar", lossless=True, enforce_eager=True),
         "oscar eager": dict(kv_cache_dtype="oscar", enforce_eager=True),
         "oscar graphs": dict(kv_cache_dtype="oscar"),
     }
-    with ThreadPoolExecutor(len(runs)) as pool:  # side by side: nothing is timed
-        jobs = {name: pool.submit(engine, "check", {}, timeout, **common, **options) for name, options in runs.items()}
-    results = {name: job.result() for name, job in jobs.items()}
+    results = {}
+    for name, options in runs.items():
+        run = engine_here if one_process else partial(engine, timeout=timeout)
+        results[name] = run("check", {}, **common, **options)
+        if results["auto"] and results[name]:
+            print(name, results[name]["recalled"], worst_difference(results["auto"], results[name]), flush=True)
     table = Table("run", "recalled", "worst logprob difference to auto", "tokens in cache", "start s")
     for name, result in results.items():
         if result is None:
