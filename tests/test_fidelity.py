@@ -272,9 +272,9 @@ def test_suites_read_the_users_files(tmp_path):
     write("test.jsonl", {"question": "1+1?", "answer": "#### 2"})
     write("qasper_e.jsonl", {"input": "who?", "context": "a cat", "answers": ["cat"], "all_classes": None})
     write("vt/validation.jsonl", {"input": "x = 1, print x", "outputs": ["1"]})
-    (gsm8k,) = suites.gsm8k(tmp_path)
+    (gsm8k,) = suites.gsm8k(tmp_path)[0]["task"]
     assert gsm8k["task"] == "gsm8k" and gsm8k["num_fewshot"] == 0
-    (qasper,) = suites.longbench_e(tmp_path)
+    (qasper,) = suites.longbench_e(tmp_path)[0]["task"]
     assert qasper["task"] == "longbench_qasper_e"
     (vt,) = suites.ruler(tmp_path)
     assert vt["task"] == "ruler_vt" and vt["process_results"]({"outputs": ["1", "2"]}, ["is 1"]) == {"found": 0.5}
@@ -288,3 +288,16 @@ def test_harness_table_has_a_column_per_dtype():
     table = markdown("ruler", {d: {"vt": {"found,none": 0.5, "found_stderr,none": 0.1}} for d in ("auto", "oscar")})
     assert "| task | metric | auto | oscar |" in table
     assert table.count("0.5000 ± 0.1000") == 2 and "stderr" not in table
+
+
+def test_lm_eval_takes_the_suites(tmp_path):
+    lm_eval = pytest.importorskip("lm_eval")
+    from benchmarks.harness import suites
+
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "1+1?", "answer": "#### 2"}) + "\n")
+    (tmp_path / "vt").mkdir()
+    (tmp_path / "vt" / "validation.jsonl").write_text(json.dumps({"input": "print x", "outputs": ["lol"]}) + "\n")
+    tasks_ = suites.gsm8k(tmp_path) + suites.ruler(tmp_path)
+    results = lm_eval.simple_evaluate(model="dummy", tasks=tasks_, log_samples=False, bootstrap_iters=0)["results"]
+    assert results["gsm8k"]["exact_match,strict-match"] == 0.0  # the dummy always says "lol"
+    assert results["ruler_vt"]["found,none"] == 1.0

@@ -40,6 +40,11 @@ def _dataset(**splits: list[Row]) -> Callable:
     return load
 
 
+def _changed(group: str, tasks: list[dict]) -> list[Task]:
+    """lm-eval's own tasks with other data: only members of a group inherit a registered task."""
+    return [{"group": group, "task": tasks}] if tasks else []
+
+
 def gsm8k(data: Path | None) -> list[Task]:
     if data is None:
         return ["gsm8k"]
@@ -48,7 +53,7 @@ def gsm8k(data: Path | None) -> list[Task]:
     task = {"task": "gsm8k", "custom_dataset": _dataset(**splits)}
     if not train.exists():
         task |= {"num_fewshot": 0, "training_split": None, "fewshot_split": None}
-    return [task]
+    return _changed("gsm8k_local", [task])
 
 
 def longbench_e(data: Path | None) -> list[Task]:
@@ -58,7 +63,7 @@ def longbench_e(data: Path | None) -> list[Task]:
     for path in sorted(data.glob("*_e.jsonl")):
         rows = [row | {"question": row.get("question", row.get("input", ""))} for row in _rows(path)]
         tasks.append({"task": f"longbench_{path.stem}", "custom_dataset": _dataset(test=rows)})
-    return tasks
+    return _changed("longbench_e_local", tasks)
 
 
 def found_all(doc: Row, results: list[str]) -> dict[str, float]:
