@@ -175,9 +175,10 @@ class Attention {
   }
 
   template <int BITS>
-  void decode_pages(const Item& item, const Request& q, const DecodeState& d) const {
+  void decode_pages(const Item& item, const Request& q, DecodeState& d) const {
     for (int i = item.page0; i < item.page1; i++)
-      decode_page<BITS>(d, s, page(item, i), i == 0, min_of(kPage, q.ring_start - i * kPage));
+      decode_page<BITS>(d, s, page(item, i), i == 0, min_of(kPage, q.ring_start - i * kPage),
+                        i + 1 < item.page1 ? page(item, i + 1) : nullptr);
   }
 
   void pages_as_integers(const Item& item) {

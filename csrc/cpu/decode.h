@@ -5,6 +5,9 @@
 // move logits by 1e-2, 16 bits by less than 1e-4. Per key group a row's query times the key
 // scales is rounded to 16 bits with one fp32 factor; zeros fold into one fp32 dot product per
 // group and norms multiply the logits. Likewise probability times value scale.
+//
+// What rounding does to the sum of the rounded numbers is known, and put right at once: in
+// effect codes are multiplied as distances from the middle code, which halves the error.
 #pragma once
 
 #include "page.h"
@@ -14,6 +17,27 @@ namespace {
 // Registers hold row tile x (two or four) accumulators.
 constexpr int kRowTile = kParts == 1 ? 4 : 2;
 constexpr int kMaxRows = 16;
+
+// A page to bring into the cache while another is worked on, a few lines at a time: pages
+// are scattered, so the machine's own prefetching finds each one too late.
+class Prefetch {
+ public:
+  void begin(const uint8_t* page, int64_t bytes, int steps) {
+    next_ = page;
+    left_ = page ? (bytes + 63) / 64 : 0;
+    step_ = left_ / steps + 1;
+  }
+  OSCAR_INLINE void advance() {
+    const int64_t count = min_of(step_, left_);
+    for (int64_t i = 0; i < count; i++) __builtin_prefetch(next_ + 64 * i, 0, 2);
+    next_ += 64 * count;
+    left_ -= count;
+  }
+
+ private:
+  const uint8_t* next_ = nullptr;
+  int64_t left_ = 0, step_ = 0;  // lines
+};
 
 // What a thread needs for one (request, KV head, split): rows of a KV head's query heads.
 struct DecodeState {
@@ -29,6 +53,7 @@ struct DecodeState {
   float* zeros;                   // [row][value group]: sum of p * zero
   float* factor;                  // [row][value group]: of probs
   float* decay;                   // [row]: factor of what was summed up before this page
+  Prefetch prefetch;
 };
 
 inline size_t decode_bytes(const Shape& s, int rows) {
@@ -70,23 +95,24 @@ inline void begin_decode(DecodeState& d, const Shape& s, const float* rotated) {
 }
 
 // ---- keys ------------------------------------------------------------------------------------------
-// 16-bit query of one row and key group; returns the factor, and q . zero in `offset`.
-// Writes one block's half of every pair, or both.
-inline float round_query(const float* low, const float* high, const Pairs& scale, const Pairs& zero, const Shape& s,
-                         int32_t* out, int block, bool both, float& offset) {
+// 16-bit query of one row and key group; returns the factor, and what is to be added in `offset`.
+// `centre`: value of the middle code. Writes one block's half of every pair, or both.
+inline float round_query(const float* low, const float* high, const Pairs& scale, const Pairs& centre, float middle,
+                         const Shape& s, int32_t* out, int block, bool both, float& offset) {
   F peak = zero_f(), dot = zero_f();
   for (int i = 0; i < s.half_padded; i += 16) {
     const F a = load_f(low + i), b = load_f(high + i);
     peak = max(peak, max(abs(a * load_f(scale.low + i)), abs(b * load_f(scale.high + i))));
-    dot = fma(a, load_f(zero.low + i), dot);
-    dot = fma(b, load_f(zero.high + i), dot);
+    dot = fma(a, load_f(centre.low + i), dot);
+    dot = fma(b, load_f(centre.high + i), dot);
   }
-  offset = sum(dot);
   const float top = largest(peak);
   const F inverse = set_f(top > 0 ? 32767.0f / top : 0.0f);
+  I rounded = zero_i();
   for (int i = 0; i < s.half_padded; i += 16) {
     const I a = round_to_int(load_f(low + i) * load_f(scale.low + i) * inverse);
     const I b = round_to_int(load_f(high + i) * load_f(scale.high + i) * inverse);
+    rounded = rounded + a + b;
     const I pairs = (a & set_i(0xffff)) | shift_left<16>(b);
     int32_t* p = out + 2 * i;
     if (both && i + 16 <= s.half) {
@@ -100,37 +126,43 @@ inline float round_query(const float* low, const float* high, const Pairs& scale
       }
     }
   }
-  return top / 32767.0f;
+  const float factor = top / 32767.0f;
+  offset = sum(dot) - factor * middle * sum(rounded);
+  return factor;
 }
 
 template <int BITS, int ROWS, int R>
-OSCAR_INLINE void dot_keys_step(const I* planes, int w, const int32_t* query, int row_stride, I (&acc)[ROWS][2]) {
-  const I c00 = key_codes<BITS, R, 0, 0>(planes, w), c01 = key_codes<BITS, R, 0, 1>(planes, w);
-  const I c10 = key_codes<BITS, R, 1, 0>(planes, w), c11 = key_codes<BITS, R, 1, 1>(planes, w);
+OSCAR_INLINE void dot_keys_step(const KeyWord<BITS>& w, const int32_t* query, int row_stride, I (&acc)[ROWS][2]) {
+  I c[2][2];
+  key_codes<BITS, R>(w, c);
   _Pragma("GCC unroll 8") for (int row = 0; row < ROWS; row++) {
-    const int32_t* q = query + row * row_stride + 4 * w;
+    const int32_t* q = query + row * row_stride;
     const I q0 = broadcast_pair(q), q1 = broadcast_pair(q + 2);
-    acc[row][0] = dot16(dot16(acc[row][0], c00, q0), c10, q1);
-    acc[row][1] = dot16(dot16(acc[row][1], c01, q0), c11, q1);
+    acc[row][0] = dot16(dot16(acc[row][0], c[0][0], q0), c[1][0], q1);
+    acc[row][1] = dot16(dot16(acc[row][1], c[0][1], q0), c[1][1], q1);
   }
 }
 
 // Logits of 64 tokens. factor, offset: [row][2 blocks].
 template <int BITS, int ROWS>
-inline void dot_keys(const DecodeState& d, const Shape& s, int row0, int pair, const float (*factor)[2],
+inline void dot_keys(DecodeState& d, const Shape& s, int row0, int pair, const float (*factor)[2],
                      const float (*offset)[2], const float* norms) {
   const int32_t* query = d.query + row0 * s.words * 4;
   I acc[2][ROWS][2];  // [r][row][j0]
   for (int r = 0; r < 2; r++)
     for (int row = 0; row < ROWS; row++) acc[r][row][0] = acc[r][row][1] = zero_i();
   if (kParts == 1) {
-    for (int w = 0; w < s.words; w++) {
-      dot_keys_step<BITS, ROWS, 0>(d.planes, w, query, 4 * s.words, acc[0]);
-      dot_keys_step<BITS, ROWS, 1>(d.planes, w, query, 4 * s.words, acc[1]);
+    for (int i = 0; i < s.words; i++) {
+      if (i & 1) d.prefetch.advance();
+      const KeyWord<BITS> w = key_word<BITS>(d.planes, s.words, pair, i);
+      dot_keys_step<BITS, ROWS, 0>(w, query + 4 * i, 4 * s.words, acc[0]);
+      dot_keys_step<BITS, ROWS, 1>(w, query + 4 * i, 4 * s.words, acc[1]);
     }
   } else {  // fewer registers
-    for (int w = 0; w < s.words; w++) dot_keys_step<BITS, ROWS, 0>(d.planes, w, query, 4 * s.words, acc[0]);
-    for (int w = 0; w < s.words; w++) dot_keys_step<BITS, ROWS, 1>(d.planes, w, query, 4 * s.words, acc[1]);
+    for (int i = 0; i < s.words; i++)
+      dot_keys_step<BITS, ROWS, 0>(key_word<BITS>(d.planes, s.words, pair, i), query + 4 * i, 4 * s.words, acc[0]);
+    for (int i = 0; i < s.words; i++)
+      dot_keys_step<BITS, ROWS, 1>(key_word<BITS>(d.planes, s.words, pair, i), query + 4 * i, 4 * s.words, acc[1]);
   }
   for (int r = 0; r < 2; r++)
     for (int row = 0; row < ROWS; row++) {
@@ -145,13 +177,15 @@ inline void dot_keys(const DecodeState& d, const Shape& s, int row0, int pair, c
 }
 
 template <int BITS>
-inline void page_logits(const DecodeState& d, const Shape& s, const uint8_t* page, bool first) {
+inline void page_logits(DecodeState& d, const Shape& s, const uint8_t* page, bool first) {
   alignas(64) float norms[kPage];
   load_norms(page, s, norms);
-  Pairs scale, zero;
+  Pairs scale, centre;
+  constexpr float middle = ((1 << BITS) - 1) / 2.0f;
   const int bytes = s.args.key_param_bytes;
   float factor[kMaxRows][2], offset[kMaxRows][2];
   int loaded = -1;
+  turn_keys<BITS>(page, s, d.planes);
   for (int pair = 0; pair < 2; pair++) {
     const int group[2] = {key_group_of(s, 64 * pair, first), key_group_of(s, 64 * pair + 32, first)};
     for (int block = 0; block < 2; block++) {
@@ -159,15 +193,18 @@ inline void page_logits(const DecodeState& d, const Shape& s, const uint8_t* pag
       loaded = group[block];
       const uint8_t* p = page + s.args.k_params + loaded * 2 * s.dim * bytes;
       load_pairs(p, bytes, s, scale);
-      load_pairs(p + s.dim * bytes, bytes, s, zero);
+      load_pairs(p + s.dim * bytes, bytes, s, centre);
+      for (int i = 0; i < s.half_padded; i += 16) {
+        store(centre.low + i, fma(load_f(scale.low + i), set_f(middle), load_f(centre.low + i)));
+        store(centre.high + i, fma(load_f(scale.high + i), set_f(middle), load_f(centre.high + i)));
+      }
       const bool both = group[0] == group[1];
       for (int row = 0; row < d.rows; row++) {
         factor[row][block] = round_query(d.query_low + row * s.half_padded, d.query_high + row * s.half_padded, scale,
-                                         zero, s, d.query + row * s.words * 4, block, both, offset[row][block]);
+                                         centre, middle, s, d.query + row * s.words * 4, block, both, offset[row][block]);
         if (both) factor[row][1] = factor[row][0], offset[row][1] = offset[row][0];
       }
     }
-    key_planes<BITS>(page, s, pair, d.planes);
     int row = 0;
     for (; row + kRowTile <= d.rows; row += kRowTile)
       dot_keys<BITS, kRowTile>(d, s, row, pair, factor, offset, norms);
@@ -231,6 +268,8 @@ inline void round_probabilities(const DecodeState& d, const Shape& s, const uint
   if (count < kPage)  // may be NaN, and 0 * NaN is NaN
     for (int group = 0; group < s.value_groups; group++)
       for (int i = count; i < kPage; i++) scale[group * kPage + i] = zero[group * kPage + i] = 0;
+  for (int i = 0; i < s.value_groups * kPage; i += 16)  // now the value of the middle code
+    store(zero + i, fma(load_f(scale + i), set_f(1.5f), load_f(zero + i)));
   for (int row = 0; row < d.rows; row++) {
     const float* p = d.logits + row * kPage;
     for (int group = 0; group < s.value_groups; group++) {
@@ -243,7 +282,7 @@ inline void round_probabilities(const DecodeState& d, const Shape& s, const uint
       }
       const float top = largest(peak);
       const int slot = row * s.value_groups + group;
-      d.zeros[slot] = d.zeros[slot] * d.decay[row] + sum(zeros);
+      I rounded = zero_i();
       d.factor[slot] = top / 32767.0f;
       const F inverse = set_f(top > 0 ? 32767.0f / top : 0.0f);
       int32_t* out = d.probs + slot * 64;
@@ -251,14 +290,16 @@ inline void round_probabilities(const DecodeState& d, const Shape& s, const uint
         F even, odd;
         deinterleave(load_f(p + i) * load_f(vs + i), load_f(p + i + 16) * load_f(vs + i + 16), even, odd);
         const I a = round_to_int(even * inverse), b = round_to_int(odd * inverse);
+        rounded = rounded + a + b;
         store(out + i / 2, (a & set_i(0xffff)) | shift_left<16>(b));
       }
+      d.zeros[slot] = d.zeros[slot] * d.decay[row] + sum(zeros) - d.factor[slot] * 1.5f * sum(rounded);
     }
   }
 }
 
 template <int ROWS>
-inline void dot_values(const DecodeState& d, const Shape& s, const uint8_t* codes, int row0, int chunk) {
+inline void dot_values(DecodeState& d, const Shape& s, const uint8_t* codes, int row0, int chunk) {
   const int width = s.width(chunk);
   const int block_bytes = 32 * s.tiles * 4;
   const uint8_t* base = codes + chunk * 128 * 4;
@@ -274,6 +315,7 @@ inline void dot_values(const DecodeState& d, const Shape& s, const uint8_t* code
     decay[row] = set_f(d.decay[row0 + row]);
   }
   for (int g = 0; g < 8; g++) {
+    d.prefetch.advance();
     I acc[ROWS][2];
     _Pragma("GCC unroll 8") for (int row = 0; row < ROWS; row++) acc[row][0] = acc[row][1] = zero_i();
     _Pragma("GCC unroll 4") for (int block = 0; block < 4; block++) {
@@ -298,7 +340,7 @@ inline void dot_values(const DecodeState& d, const Shape& s, const uint8_t* code
   }
 }
 
-inline void page_values(const DecodeState& d, const Shape& s, const uint8_t* page) {
+inline void page_values(DecodeState& d, const Shape& s, const uint8_t* page) {
   const uint8_t* codes = page + s.args.v_codes;
   const int group_tiles = s.args.value_group / 16;
   const I lane = lane_index();
@@ -324,9 +366,11 @@ inline void page_values(const DecodeState& d, const Shape& s, const uint8_t* pag
   }
 }
 
-// One page for all rows; `count` leading tokens are read.
+// One page for all rows; `count` leading tokens are read. `next`: the page to come, or null.
 template <int BITS>
-inline void decode_page(const DecodeState& d, const Shape& s, const uint8_t* page, bool first, int count) {
+inline void decode_page(DecodeState& d, const Shape& s, const uint8_t* page, bool first, int count,
+                        const uint8_t* next) {
+  d.prefetch.begin(next, s.args.page_bytes, 8 * s.chunks + s.words);
   page_logits<BITS>(d, s, page, first);
   page_softmax(d, count);
   round_probabilities(d, s, page, count);

@@ -36,16 +36,20 @@ struct Pairs {
 };
 
 inline void load_pairs(const uint8_t* p, int bytes, const Shape& s, Pairs& out) {
-  alignas(64) uint8_t raw[2 * kMaxDim];
-  memcpy(raw, p, s.dim * bytes);
-  memset(raw + s.dim * bytes, 0, (2 * s.half_padded - s.dim) * bytes);
+  // A last half vector must not pick up what follows: it may be NaN.
+  alignas(64) uint8_t padded[2 * kMaxDim];
+  if (s.half_padded != s.half) {
+    memcpy(padded, p, s.dim * bytes);
+    memset(padded + s.dim * bytes, 0, (2 * s.half_padded - s.dim) * bytes);
+    p = padded;
+  }
   for (int i = 0; i < s.half_padded; i += 16) {
     F a, b, low, high;
     if (bytes == 1) {
-      a = load_e4m3(raw + 2 * i), b = load_e4m3(raw + 2 * i + 16);
+      a = load_e4m3(p + 2 * i), b = load_e4m3(p + 2 * i + 16);
     } else {
-      const uint16_t* r = reinterpret_cast<const uint16_t*>(raw) + 2 * i;
-      a = load_fp16(r), b = load_fp16(r + 16);
+      const I raw = load_i(p + 4 * i);
+      a = fp16_half<false>(raw), b = fp16_half<true>(raw);
     }
     deinterleave(a, b, low, high);
     store(out.low + i, low);
@@ -66,17 +70,10 @@ inline void load_norms(const uint8_t* page, const Shape& s, float* norms) {
     return;
   }
   const uint8_t* p = page + s.args.norms;
-  for (int pair = 0; pair < kPage / 32; pair++) {  // two tiles of 16 tokens, [g][j0] each
-    F even, odd;
-    alignas(64) float lanes[2][kLanes];
-    uint16_t raw[32];
-    memcpy(raw, p + 64 * pair, 64);
-    deinterleave(load_fp16(raw), load_fp16(raw + 16), even, odd);
-    store(lanes[0], even);
-    store(lanes[1], odd);
-    for (int tile = 0; tile < 2; tile++)
-      for (int j0 = 0; j0 < 2; j0++)
-        memcpy(norms + 32 * pair + 16 * tile + 8 * j0, lanes[j0] + 8 * tile, 32);
+  for (int i = 0; i < kPage; i += 32) {  // two tiles of 16 tokens, [g][j0] each
+    const I raw = load_i(p + 2 * i);
+    store(norms + i, even_then_odd(fp16_half<false>(raw)));
+    store(norms + i + 16, even_then_odd(fp16_half<true>(raw)));
   }
 }
 
@@ -84,20 +81,27 @@ inline void load_norms(const uint8_t* page, const Shape& s, float* norms) {
 inline void load_value_params(const uint8_t* page, const Shape& s, float* scale, float* zero) {
   const int groups = s.value_groups;
   const uint8_t *ps = page + s.args.v_scale, *pz = page + s.args.v_zero;
-  for (int group = 0; group < groups; group++) {
-    alignas(64) uint32_t raw[2][kPage / 2];  // pairs of tokens
-    for (int tile = 0; tile < kPage / 16; tile++)
-      for (int t = 0; t < 4; t++)
-        for (int b = 0; b < 2; b++) {
-          const int token_pair = 8 * tile + 4 * b + t;
-          memcpy(&raw[0][token_pair], ps + 4 * (((tile * 4 + t) * groups + group) * 2 + b), 4);
-          memcpy(&raw[1][token_pair], pz + 4 * (((tile * groups + group) * 4 + t) * 2 + b), 4);
+  for (int group = 0; group < groups; group++)
+    for (int i = 0; i < kPage; i += 32) {  // two tiles of 16 tokens: pairs of tokens [t][b] each
+      I raw[2];
+      if (groups == 1) {
+        raw[0] = load_i(ps + 2 * i), raw[1] = load_i(pz + 2 * i);
+      } else {
+        alignas(64) uint32_t pairs[2][kLanes];
+        for (int j = 0; j < kLanes; j++) {
+          const int tile = i / 16 + (j >> 3), t = (j >> 1) & 3, b = j & 1;
+          memcpy(&pairs[0][j], ps + 4 * (((tile * 4 + t) * groups + group) * 2 + b), 4);
+          memcpy(&pairs[1][j], pz + 4 * (((tile * groups + group) * 4 + t) * 2 + b), 4);
         }
-    for (int i = 0; i < kPage; i += 16) {
-      store(scale + group * kPage + i, load_fp16(reinterpret_cast<const uint16_t*>(raw[0]) + i));
-      store(zero + group * kPage + i, load_fp16(reinterpret_cast<const uint16_t*>(raw[1]) + i));
+        raw[0] = load_i(pairs[0]), raw[1] = load_i(pairs[1]);
+      }
+      for (int which = 0; which < 2; which++) {
+        const I ordered = even_then_odd_by_8(raw[which]);
+        float* out = (which ? zero : scale) + group * kPage + i;
+        store(out, fp16_half<false>(ordered));
+        store(out + 16, fp16_half<true>(ordered));
+      }
     }
-  }
 }
 
 inline int key_group_of(const Shape& s, int token, bool first_page) {
@@ -105,55 +109,74 @@ inline int key_group_of(const Shape& s, int token, bool first_page) {
 }
 
 // ---- key codes -----------------------------------------------------------------------------------
-// Planes of 64 tokens, turned so that a vector has one channel pair of 16 tokens: word
-// [t * tiles + tile], lane 2 * g + block. Two-bit words stay as they are; of wider codes,
-// plane [word][r][j0] has both bit planes of slots j0 and 2 + j0 merged.
+// Words are turned so that a vector has one channel pair of 16 tokens: word t * tiles + tile,
+// lane 2 * g + block. One plane of each 64-token half: [half][word]; then the upper plane of
+// 4-bit codes likewise, or of 3-bit codes [word], lane 2 * g + half, serving two blocks.
 template <int BITS>
-constexpr int planes_per_word() { return BITS == 2 ? 1 : 4; }
+constexpr int planes_per_word() { return BITS == 2 ? 2 : BITS == 3 ? 3 : 4; }
 
-template <int BITS>
-inline void key_planes(const uint8_t* page, const Shape& s, int pair, I* planes) {
-  const int block_bytes = 32 * s.tiles * 4;
-  const uint8_t* low = page + s.args.k_codes + 2 * pair * block_bytes;
-  const uint8_t* high = page + s.args.k_high + (BITS == 3 ? 1 : 2) * pair * block_bytes;
-  for (int chunk = 0; chunk < s.chunks; chunk++) {
-    const int width = s.width(chunk);
-    I rows[16];
-    for (int g = 0; g < 8; g++)
-      for (int block = 0; block < 2; block++)
-        rows[2 * g + block] = load_row(low + block * block_bytes + (chunk * 128 + g * 4 * width) * 4, width);
-    transpose16(rows);
-    if (BITS == 2) {
-      for (int t = 0; t < 4; t++)
-        for (int i = 0; i < width; i++) planes[t * s.tiles + 4 * chunk + i] = rows[4 * t + i];
-      continue;
-    }
-    I upper[16];
-    for (int g = 0; g < 8; g++)
-      for (int block = 0; block < 2; block++) {
-        const uint8_t* p = high + (BITS == 3 ? 0 : block * block_bytes) + (chunk * 128 + g * 4 * width) * 4;
-        const I w = load_row(p, width);
-        upper[2 * g + block] = BITS == 3 && block ? shift_right<1>(w) | shift_left<31>(w) : w;
-      }
-    transpose16(upper);
-    for (int t = 0; t < 4; t++)
-      for (int i = 0; i < width; i++) {
-        I* out = planes + (t * s.tiles + 4 * chunk + i) * 4;
-        const I a = rows[4 * t + i], b = upper[4 * t + i];
-        const I a8 = shift_right<8>(a), b8 = shift_right<8>(b) | shift_left<24>(b);
-        store(out, merge_bits(set_i(0x00330033), a, b));
-        store(out + 1, merge_bits(set_i(0x00cc00cc), a, b));
-        store(out + 2, merge_bits(set_i(0x00330033), a8, b8));
-        store(out + 3, merge_bits(set_i(0x00cc00cc), a8, b8));
-      }
+// Turn 16 rows, two for each g, `stride` bytes apart.
+OSCAR_INLINE void turn_words(const uint8_t* rows, int64_t stride, int width, int tiles, I* out) {
+  I r[16];
+  _Pragma("GCC unroll 8") for (int g = 0; g < 8; g++) {
+    r[2 * g] = load_row(rows + g * 16 * width, width);
+    r[2 * g + 1] = load_row(rows + g * 16 * width + stride, width);
   }
+  transpose16(r);
+  _Pragma("GCC unroll 4") for (int t = 0; t < 4; t++)
+    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++)
+      if (i < width) store(out + t * tiles + i, r[4 * t + i]);
 }
 
-// Codes (r, j1, j0) of a word as pairs of 16-bit integers.
-template <int BITS, int R, int J1, int J0>
-OSCAR_INLINE I key_codes(const I* planes, int word) {
-  if (BITS == 2) return shift_right<8 * R + 4 * J1 + 2 * J0>(planes[word]) & set_i(0x00030003);
-  return shift_right<4 * J1 + 2 * J0>(planes[word * 4 + R * 2 + J0]) & set_i(BITS == 3 ? 0x00070007 : 0x000f000f);
+template <int BITS>
+inline void turn_keys(const uint8_t* page, const Shape& s, I* planes) {
+  const int64_t block_bytes = 32 * s.tiles * 4;
+  const uint8_t *low = page + s.args.k_codes, *high = page + s.args.k_high;
+  for (int chunk = 0; chunk < s.chunks; chunk++)
+    for (int plane = 0; plane < planes_per_word<BITS>(); plane++) {
+      const uint8_t* rows = (plane < 2 ? low + 2 * plane * block_bytes : high + 2 * (plane - 2) * block_bytes) + 512 * chunk;
+      I* out = planes + plane * s.words + 4 * chunk;
+      if (s.width(chunk) == 4) turn_words(rows, block_bytes, 4, s.tiles, out);
+      else turn_words(rows, block_bytes, s.width(chunk), s.tiles, out);
+    }
+}
+
+// The words of a channel pair of one half, planes lined up: keys of shift 8 * r.
+template <int BITS>
+struct KeyWord {
+  I low, high;
+};
+template <int BITS>
+OSCAR_INLINE KeyWord<BITS> key_word(const I* planes, int words, int half, int word) {
+  KeyWord<BITS> w;
+  w.low = planes[half * words + word];
+  if (BITS == 4) w.high = planes[(2 + half) * words + word];
+  if (BITS == 3) {
+    const I both = planes[2 * words + word];
+    w.high = rotate_odd_lanes(half ? repeat_pairs<true>(both) : repeat_pairs<false>(both));
+  }
+  return w;
+}
+
+// Codes (r, j1, j0), as pairs of 16-bit integers: codes[j1][j0].
+template <int BITS, int R>
+OSCAR_INLINE void key_codes(const KeyWord<BITS>& w, I (&codes)[2][2]) {
+  if (BITS == 2) {
+    const I mask = set_i(0x00030003);
+    codes[0][0] = shift_right<8 * R>(w.low) & mask;
+    codes[0][1] = shift_right<8 * R + 2>(w.low) & mask;
+    codes[1][0] = shift_right<8 * R + 4>(w.low) & mask;
+    codes[1][1] = shift_right<8 * R + 6>(w.low) & mask;
+    return;
+  }
+  // Slots two apart leave room for the upper bits between them.
+  const I low = R ? shift_right<8>(w.low) : w.low, high = R ? rotate_right<8>(w.high) : w.high;
+  const I even = merge_bits(set_i(0x00330033), low, high), odd = merge_bits(set_i(0x00cc00cc), low, high);
+  const I mask = set_i(BITS == 3 ? 0x00070007 : 0x000f000f);
+  codes[0][0] = even & mask;
+  codes[0][1] = shift_right<2>(odd) & mask;
+  codes[1][0] = shift_right<4>(even) & mask;
+  codes[1][1] = shift_right<6>(odd) & mask;
 }
 
 // ---- the whole page, for many query rows --------------------------------------------------------
@@ -168,8 +191,8 @@ inline void dequantize_page(const uint8_t* page, const Shape& s, bool first, int
   Pairs scale, zero;
   int loaded = -1;
   const I index = lane_index();
+  turn_keys<BITS>(page, s, planes);
   for (int pair = 0; pair < 2; pair++) {
-    key_planes<BITS>(page, s, pair, planes);
     for (int block = 0; block < 2; block++) {
       const int begin = 64 * pair + 32 * block;
       const int group = key_group_of(s, begin, first);
@@ -187,13 +210,9 @@ inline void dequantize_page(const uint8_t* page, const Shape& s, bool first, int
           for (int tile = 0; tile < s.tiles; tile++) {
             const int word = t * s.tiles + tile;
             I c[2][2];  // [j1][j0]
-            if (r == 0) {
-              c[0][0] = key_codes<BITS, 0, 0, 0>(planes, word), c[0][1] = key_codes<BITS, 0, 0, 1>(planes, word);
-              c[1][0] = key_codes<BITS, 0, 1, 0>(planes, word), c[1][1] = key_codes<BITS, 0, 1, 1>(planes, word);
-            } else {
-              c[0][0] = key_codes<BITS, 1, 0, 0>(planes, word), c[0][1] = key_codes<BITS, 1, 0, 1>(planes, word);
-              c[1][0] = key_codes<BITS, 1, 1, 0>(planes, word), c[1][1] = key_codes<BITS, 1, 1, 1>(planes, word);
-            }
+            const KeyWord<BITS> w = key_word<BITS>(planes, s.words, pair, word);
+            if (r == 0) key_codes<BITS, 0>(w, c);
+            else key_codes<BITS, 1>(w, c);
             for (int j1 = 0; j1 < 2; j1++) {
               I blocks[2];
               deinterleave(c[j1][0], c[j1][1], blocks[0], blocks[1]);

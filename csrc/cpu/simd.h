@@ -247,6 +247,66 @@ OSCAR_INLINE void deinterleave(V a, V b, V& even, V& odd) {
   memcpy(&odd, to[1], 64);
 #endif
 }
+// Lanes 0, 2, 4, ..., 14, 1, 3, ..., 15.
+template <class V>
+OSCAR_INLINE V even_then_odd(V a) {
+#if defined(__AVX512F__)
+  const __m512i index = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+  a.v[0] = (decltype(a.v[0] + a.v[0]))_mm512_permutexvar_epi32(index, (__m512i)a.v[0]);
+  return a;
+#else
+  int32_t from[16], to[16];
+  store(from, a);
+  for (int i = 0; i < 8; i++) to[i] = from[2 * i], to[8 + i] = from[2 * i + 1];
+  memcpy(&a, to, 64);
+  return a;
+#endif
+}
+// In both halves of every eight lanes: lanes 0, 2, 4, 6, 1, 3, 5, 7.
+OSCAR_INLINE I even_then_odd_by_8(I a) {
+#if defined(__AVX512F__)
+  const __m512i index = _mm512_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+  a.v[0] = (NativeI)_mm512_permutexvar_epi32(index, (__m512i)a.v[0]);
+  return a;
+#else
+  int32_t from[16], to[16];
+  store(from, a);
+  for (int i = 0; i < 16; i++) to[i] = from[(i & 8) + 2 * (i & 3) + ((i >> 2) & 1)];
+  return load_i(to);
+#endif
+}
+// Every lane twice: 0, 0, 2, 2, 4, 4, ... (ODD: 1, 1, 3, 3, ...).
+template <bool ODD>
+OSCAR_INLINE I repeat_pairs(I a) {
+#if defined(__AVX512F__)
+  a.v[0] = (NativeI)_mm512_shuffle_epi32((__m512i)a.v[0], ODD ? (_MM_PERM_ENUM)0xf5 : (_MM_PERM_ENUM)0xa0);
+#elif defined(__AVX2__)
+  OSCAR_EACH a.v[k] = (NativeI)_mm256_shuffle_epi32((__m256i)a.v[k], ODD ? 0xf5 : 0xa0);
+#else
+  const NativeI index = ODD ? NativeI{1, 1, 3, 3} : NativeI{0, 0, 2, 2};
+  OSCAR_EACH a.v[k] = __builtin_shuffle(a.v[k], index);
+#endif
+  return a;
+}
+// Odd lanes rotated right by one bit.
+OSCAR_INLINE I rotate_odd_lanes(I a) {
+#if defined(__AVX512F__)
+  a.v[0] = (NativeI)_mm512_rorv_epi32((__m512i)a.v[0], _mm512_set1_epi64(1LL << 32));
+  return a;
+#else
+  const int32_t odd[2] = {0, -1};
+  return merge_bits(broadcast_pair(odd), shift_right<1>(a) | shift_left<31>(a), a);
+#endif
+}
+template <int BY>
+OSCAR_INLINE I rotate_right(I a) {
+#if defined(__AVX512F__)
+  a.v[0] = (NativeI)_mm512_ror_epi32((__m512i)a.v[0], BY);
+  return a;
+#else
+  return shift_right<BY>(a) | shift_left<32 - BY>(a);
+#endif
+}
 // a[0] b[0] a[1] b[1] ..., 32 words.
 OSCAR_INLINE void store_interleaved(int32_t* p, I a, I b) {
 #if defined(__AVX512F__)
@@ -338,6 +398,19 @@ OSCAR_INLINE F load_fp16(const uint16_t* p) {
   return as_float(bits(positive) | shift_left<16>(h & set_i(0x8000)));
 #endif
 }
+// Sixteen fp16 in the low or high half of a's lanes, as they lie in memory.
+template <bool HIGH>
+OSCAR_INLINE F fp16_half(I a) {
+#if defined(__AVX512F__)
+  F r;
+  r.v[0] = (NativeF)_mm512_cvtph_ps(_mm512_extracti64x4_epi64((__m512i)a.v[0], HIGH));
+  return r;
+#else
+  uint16_t raw[32];
+  store(raw, a);
+  return load_fp16(raw + (HIGH ? 16 : 0));
+#endif
+}
 // float8_e4m3fn; its NaN reads as NaN.
 OSCAR_INLINE F load_e4m3(const uint8_t* p) {
   const I h = widen_u8(p);
@@ -393,11 +466,25 @@ inline float from_fp16(uint16_t h) {
 
 // ---- across lanes ----------------------------------------------------------------------------
 OSCAR_INLINE float sum(F a) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)a.v[0]);
+#else
   float lanes[kLanes];
   store(lanes, a);
   for (int width = 8; width; width >>= 1)
     for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
   return lanes[0];
+#endif
+}
+OSCAR_INLINE int32_t sum(I a) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32((__m512i)a.v[0]);
+#else
+  int32_t lanes[kLanes], total = 0;
+  store(lanes, a);
+  for (int i = 0; i < kLanes; i++) total += lanes[i];
+  return total;
+#endif
 }
 OSCAR_INLINE float largest(F a) {
 #if defined(__AVX512F__)
