@@ -228,7 +228,7 @@ def store_keys(page, key, block_index, clip, F: tl.constexpr):
     is_param = (channel < DIM)[None, :] & (group >= 0)[:, None]
     if F.EXACT_FIRST:
         # in a first page the bytes of group 1 hold the exact key
-        is_param = is_param & ((group != 1) | (block_index > 0))[:, None]
+        is_param = is_param & (group + 128 * block_index != 1)[:, None]
     param_spot = (2 * DIM * group)[:, None] + spot[None, :]
     if F.FP16_PARAMS:
         param_ptr = as_pointer(page, F.K_PARAMS, tl.float16)
