@@ -179,7 +179,7 @@ def _foreign() -> list[Method]:
             oscar(kivi, "KIVI", rotation=False, note="keys per channel g32, values per token g32, residual 128"),
             value_window=128,
         ),
-        Method("quarot", "QuaRot", _quarot, lambda dim: dim / 2 + 8 * dim / 32, note="rotated, per token, g32"),
+        Method("quarot", "QuaRot", _quarot, lambda dim: dim / 2 + 8 * dim / 32, note="rotated, 2 bits per token, g32"),
         *map(_turboquant, TURBOQUANT_PRESETS),
     ]
 
@@ -241,7 +241,12 @@ def grid() -> list[Method]:
 
 def registry() -> dict[str, Method]:
     """All methods by name: foreign formats, presets, ablations."""
-    presets = [oscar(config, "OScaR (paper)" if name == "oscar_paper" else "OScaR") for name, config in PRESETS.items()]
+    presets = [
+        oscar(config, "OScaR (paper)", note="its one norm per token takes 2 bytes in every head's page")
+        if name == "oscar_paper"
+        else oscar(config, "OScaR")
+        for name, config in PRESETS.items()
+    ]
     return {method.name: method for method in [*_foreign(), *presets, *_ablations()]}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from . import plots
-from .methods import MAIN
+from .methods import MAIN, registry
 from .records import Records
 
 
@@ -115,6 +115,10 @@ def markdown(records: Records) -> str:
                 "the model computes in bf16 and `auto` is the reference."
             )
             parts.append(f"## {model}: through vLLM\n\n{head}\n\n{_table(rows)}")
+    measured = {r["method"] for r in records.all}
+    notes = [f"- {m.name}: {m.note}" for m in registry().values() if m.note and m.name in measured]
+    if notes:
+        parts.append("## Notes\n\n" + "\n".join(notes))
     return "\n\n".join(parts) + "\n"
 
 
