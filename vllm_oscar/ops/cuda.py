@@ -323,6 +323,10 @@ for _name in ("attention", "store_pages", "write_ring"):
     torch.library.register_fake(f"vllm_oscar_cuda::{_name}", lambda *args, **kwargs: None, lib=_operators)
 
 
+def _operator(name: str):
+    return getattr(torch.ops.vllm_oscar_cuda, name)
+
+
 # ---- the operations ----------------------------------------------------------------------
 def store_pages(
     key: torch.Tensor,
@@ -347,7 +351,7 @@ def store_pages(
         {"block_table": block_table, "ring_table": ring_table},
         {"query_start_loc": query_start_loc, "seq_lens": seq_lens},
     )
-    torch.ops.vllm_oscar_cuda.store_pages(
+    _operator("store_pages")(
         key, value, pages, ring, block_table, ring_table, query_start_loc, seq_lens, ring_pages,
         max_query_len or key.shape[0], *_layout(fmt),
     )  # fmt: skip
@@ -393,7 +397,7 @@ def attention(
     chunk = _query_chunk(requests, longest)
     layout, _ = _layout(fmt)
     for first_token in range(0, longest, chunk):
-        torch.ops.vllm_oscar_cuda.attention(
+        _operator("attention")(
             out, query, key, value, pages, ring, block_table, ring_table, query_start_loc, seq_lens, ring_start,
             workspace, ring_pages, scale, chunk, first_token, layout, warps,
         )  # fmt: skip
@@ -420,7 +424,7 @@ def write_ring(
         {"ring_table": ring_table},
         {"query_start_loc": query_start_loc, "seq_lens": seq_lens},
     )
-    torch.ops.vllm_oscar_cuda.write_ring(
+    _operator("write_ring")(
         key, value, ring, ring_table, query_start_loc, seq_lens, ring_pages, max_query_len or key.shape[0],
         _layout(fmt)[0],
     )  # fmt: skip

@@ -78,7 +78,8 @@ int launch_attention(const AttentionParams& params, const LaunchShape& shape, cu
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(shape.segments), shape.slot_rows);
   config.blockDim = dim3(32 * warps);
-  config.dynamicSmemBytes = (warps * 2 * Layout::kHeadDim + shape.blocks * shape.warps + 2) * sizeof(float);
+  config.dynamicSmemBytes =
+      combine_shared_floats<Layout::kHeadDim>(warps, shape.blocks * shape.warps + 2) * sizeof(float);
   config.stream = stream;
   cudaLaunchAttribute overlap;
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -32,14 +32,20 @@ OSCAR_DEVICE float block_reduce(float x, float* scratch, const Op& op) {
   return __shfl_sync(kFullWarp, x, 0);
 }
 
-// Dynamic shared memory: [warp][rotated, exact][HeadDim] sums, then a weight per slot.
+// Dynamic shared memory: two rows of scratch, [warp][rotated, exact][HeadDim] sums, a weight per slot.
+template <int HeadDim>
+constexpr int combine_shared_floats(int warps, int most_slots) {
+  return 2 * kCombineWarps + warps * 2 * HeadDim + most_slots;
+}
+
 template <int HeadDim>
 __global__ void __launch_bounds__(32 * kCombineWarps)
     combine_kernel(const __grid_constant__ AttentionParams p, int block_rows) {
   constexpr int kChannels = HeadDim / 32;  // consecutive channels of a lane
-  extern __shared__ float sums[];
-  __shared__ float scratch[2][kCombineWarps];
+  extern __shared__ __align__(128) uint8_t raw[];
+  float* scratch = reinterpret_cast<float*>(raw);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+  float* sums = scratch + 2 * kCombineWarps;
   float* weights = sums + warps * 2 * HeadDim;
   const int segment = blockIdx.x, row = blockIdx.y;
   const int row_block = segment % p.row_blocks, head = segment / p.row_blocks % p.args.kv_heads;
@@ -61,13 +67,13 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
 
   float top = -INFINITY, sum = 0.f;
   for (int i = threadIdx.x; i < slots.count; i += blockDim.x) top = fmaxf(top, max_sum(i).x);
-  top = block_reduce(top, scratch[0], [](float a, float b) { return fmaxf(a, b); });
+  top = block_reduce(top, scratch, [](float a, float b) { return fmaxf(a, b); });
   for (int i = threadIdx.x; i < slots.count; i += blockDim.x) {
     const float2 ms = max_sum(i);
     weights[i] = exp2_approx(ms.x - top);
     sum = fmaf(ms.y, weights[i], sum);
   }
-  sum = block_reduce(sum, scratch[1], [](float a, float b) { return a + b; });
+  sum = block_reduce(sum, scratch + kCombineWarps, [](float a, float b) { return a + b; });
 
   float rotated[kChannels] = {}, exact[kChannels] = {};
 #pragma unroll 8

@@ -21,26 +21,10 @@ struct Fragment {
   uint32_t a[4];
 };
 
-#ifdef OSCAR_SHIFT_BY_MULTIPLY
-static __constant__ uint32_t kTwoTo24 = 1u << 24;
-OSCAR_DEVICE uint32_t upper_rows(uint32_t word) { return __umulhi(word, kTwoTo24); }
-#else
-OSCAR_DEVICE uint32_t upper_rows(uint32_t word) { return word >> 8; }
-#endif
-
 // 2-bit codes, 16 rows: `r` selects the upper or lower half of the 32-row word.
 OSCAR_DEVICE Fragment two_bit_fragment(uint32_t word, int r) {
-  const uint32_t x = r ? upper_rows(word) : word;
+  const uint32_t x = r ? word >> 8 : word;
   return {{x & 0x00030003u, x & 0x000c000cu, x & 0x00300030u, x & 0x00c000c0u}};
-}
-
-// Bits of `a` where `mask` is set, of `b` elsewhere: one instruction, which the compiler
-// does not find in the usual expression with two constants.
-template <uint32_t Mask>
-OSCAR_DEVICE uint32_t select_bits(uint32_t a, uint32_t b) {
-  uint32_t d;
-  asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(d) : "r"(a), "r"(b), "n"(Mask));
-  return d;
 }
 
 // The codes of one word of either width. Wider keys merge the two planes once per
@@ -55,7 +39,7 @@ struct KeyWord {
 
   OSCAR_DEVICE Fragment fragment(int r) const {
     constexpr uint32_t kMask = Bits == 3 ? 0x00070007u : 0x000f000fu;
-    const uint32_t e = r ? upper_rows(even) : even;
+    const uint32_t e = r ? even >> 8 : even;
     const uint32_t o = r ? __funnelshift_r(odd, odd, 8) : odd;
     return {{e & kMask, o & (kMask << 2), e & (kMask << 4), o & (kMask << 6)}};
   }

@@ -36,6 +36,15 @@ OSCAR_DEVICE uint32_t mul_half2(uint32_t a, uint32_t b) {
   return d;
 }
 
+// Bits of `a` where `mask` is set, of `b` elsewhere: one instruction, which the compiler
+// does not find in the usual expression with two constants.
+template <uint32_t Mask>
+OSCAR_DEVICE uint32_t select_bits(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(d) : "r"(a), "r"(b), "n"(Mask));
+  return d;
+}
+
 OSCAR_DEVICE float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

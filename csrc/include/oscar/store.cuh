@@ -121,7 +121,7 @@ OSCAR_DEVICE float sum_of_squares(const float (&x)[N]) {
 template <class Layout>
 __global__ void __launch_bounds__(kStoreThreads) store_kernel(const __grid_constant__ OscarStoreArgs p) {
   constexpr int kDim = Layout::kHeadDim, kChannels = kDim / 32, kTiles = Layout::kTiles;
-  extern __shared__ __align__(16) uint8_t raw[];
+  extern __shared__ __align__(128) uint8_t raw[];
   StoreShared<Layout>& shared = *reinterpret_cast<StoreShared<Layout>*>(raw);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int head = blockIdx.x, request_index = blockIdx.z;
