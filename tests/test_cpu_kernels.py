@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import random
+import zlib
 
 import pytest
 import torch
 
-from vllm_oscar import reference
+from vllm_oscar import format, reference
 from vllm_oscar.config import PAGE_TOKENS, PRESETS, SUPPORTED_HEAD_DIMS, NormScope
 from vllm_oscar.format import PageFormat
 from vllm_oscar.ops import cpu
@@ -24,23 +25,23 @@ pytestmark = pytest.mark.skipif(not cpu.available()[0], reason=cpu.available()[1
 SEED = int(os.environ.get("OSCAR_TEST_SEED", random.SystemRandom().randrange(1 << 31)))
 ISAS = cpu.isas() if cpu.available()[0] else ()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Relative to the largest output element: 16-bit queries and probabilities, then the model's rounding.
-TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 5e-3, torch.float16: 8e-4}
+# Root mean square, relative: 16-bit queries and probabilities, then the model's own rounding.
+TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 3e-3, torch.float16: 5e-4}
 
 
 @pytest.fixture(autouse=True)
 def seeded(request):
     """A seed of its own for every test; printed when it fails."""
-    seed = hash((SEED, request.node.name.split("[")[0])) & 0x7FFFFFFF
+    seed = zlib.crc32(f"{SEED} {request.node.name}".encode())
     torch.manual_seed(seed)
     random.seed(seed)
     print(f"OSCAR_TEST_SEED={SEED}")
 
 
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    monkeypatch.setenv("OSCAR_CPU_ISA", request.param)
-    return request.param
+@pytest.fixture
+def on_isa(monkeypatch):
+    """``on_isa(name)`` selects an instruction set for the calls that follow."""
+    return lambda name: monkeypatch.setenv("OSCAR_CPU_ISA", name)
 
 
 class Step:
@@ -154,13 +155,42 @@ class Step:
         return ring
 
 
+    def poison(self, byte: int) -> None:
+        """Overwrite whatever this step must not read."""
+        fmt, view = self.fmt, reference.ring_view(self.ring, self.fmt, self.dtype)
+        free_pages = torch.ones(len(self.pages), dtype=torch.bool)
+        free_slots = torch.ones(view.shape[0], view.shape[2], dtype=torch.bool)
+        for row, ((context, new, _), start) in enumerate(zip(self.requests, self.ring_start.tolist())):
+            if not new:
+                continue
+            count = -(-start // PAGE_TOKENS)
+            blocks = self.block_table[row, :count].long()
+            free_pages[blocks] = False
+            held = torch.arange(start, context)
+            table = self.ring_table[row].expand(len(held), -1)
+            free_slots[reference.ring_slots(table, held, view.shape[2], self.ring_pages)] = False
+            masked = torch.arange(PAGE_TOKENS) >= start - (count - 1) * PAGE_TOKENS
+            if count and masked.any():  # parameters of the tokens that the ring replaces
+                page = self.pages[blocks[-1]]
+                names = ["v_scale", "v_zero"] + ["norms"] * (fmt.config.norm is not NormScope.NONE)
+                for name in names:
+                    groups = 1 if name == "norms" else fmt.value_groups
+                    order = format.norm_order() if name == "norms" else format.value_param_order(groups, name)
+                    halves = page[:, fmt.sections[name].slice].view(torch.int16)
+                    halves[:, masked[order // groups]] = -1 if byte == 0xFF else byte
+        self.pages[free_pages] = byte
+        raw = view.view(torch.int16 if self.dtype.itemsize == 2 else torch.int32)
+        raw.transpose(1, 2)[free_slots] = -1 if byte == 0xFF else byte
+
+
 def assert_close(out: torch.Tensor, expected: torch.Tensor, dtype) -> None:
     assert torch.isfinite(out).all()
-    error = (out.float() - expected.float()).abs().max() / expected.float().abs().max()
+    error = (out.float() - expected.float()).norm() / expected.float().norm()
     assert error < TOLERANCE[dtype], f"relative error {error:.2e}"
 
 
-# Lengths at block edges, ring partly over pages, decode, drafts, chunks, first prefill, absent requests.
+# (context, query_len, ring_start): lengths at block edges, ring partly over pages, decode,
+# drafts, chunks, first prefill, absent requests.
 MIXED = [
     (128, 1, None),
     (257, 1, None),
@@ -175,41 +205,153 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("dim", SUPPORTED_HEAD_DIMS)
-def test_attention_matches_the_reference(preset, dim, isa):
-    name = random.choice(list(DTYPES))
-    group, heads = random.choice([1, 2, 3, 4, 5, 7, 8]), random.choice([1, 2, 3])
-    print(name, group, heads)
-    step = Step(MIXED, PageFormat.preset(preset, dim), heads, group, DTYPES[name])
-    assert_close(step.attend(cpu), step.attend(ops), DTYPES[name])
+def check_attention(preset: str, dim: int, dtype, heads: int, group: int, requests, on_isa) -> None:
+    print(preset, dim, dtype, heads, group, requests)
+    step = Step(requests, PageFormat.preset(preset, dim), heads, group, dtype)
+    step.poison(0xFF)
+    expected = step.attend(ops)
+    for isa in ISAS:
+        on_isa(isa)
+        print(isa)
+        assert_close(step.attend(cpu), expected, dtype)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("dim", SUPPORTED_HEAD_DIMS)
-def test_stored_pages_match_the_reference(preset, dim, isa):
-    name = random.choice(list(DTYPES))
+def test_attention_matches_the_reference(preset, dim, on_isa):
+    dtype, group = random.choice(list(DTYPES.values())), random.choice([1, 2, 3, 4, 5, 7, 8])
+    check_attention(preset, dim, dtype, random.choice([1, 2, 3]), group, MIXED, on_isa)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("dim", SUPPORTED_HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads,group", [(1, 1), (2, 3), (1, 4), (3, 5), (2, 8), (1, 16), (1, 40)])
+def test_attention_on_the_full_matrix(preset, dim, dtype, heads, group, on_isa):
+    check_attention(preset, dim, DTYPES[dtype], heads, group, MIXED, on_isa)
+
+
+def test_attention_on_random_batches(on_isa):
+    for _ in range(4):
+        requests = []
+        for _ in range(random.randint(1, 6)):
+            context = random.choice([0, 1, 127, 128, 129, 255, 256, 383, 512, random.randint(0, 600)])
+            requests.append((context, random.choice([0, 1, 1, 2, 3, 8, 17, random.randint(1, 200)]), None))
+        requests.append((random.randint(0, 300), 1, None))
+        check_attention(random.choice(list(PRESETS)), 64, torch.float32, 1, random.randint(1, 9), requests, on_isa)
+
+
+def test_bits_do_not_depend_on_the_number_of_threads(on_isa):
+    # Several splits of the pages, several row tiles, several heads.
+    step = Step([(4500, 1, None), (2600, 5, None), (700, 150, None), (100, 60, None)],
+                PageFormat.preset("oscar", 64), 2, 4, torch.float32)
+    before, outputs, pages = torch.get_num_threads(), [], []
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            outputs.append(step.attend(cpu))
+            pages.append(step.store(cpu))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(x, outputs[0]) for x in outputs)
+    assert all(torch.equal(x, pages[0]) for x in pages)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_unused_memory_does_not_reach_outputs(preset, on_isa):
+    dim, name = random.choice(SUPPORTED_HEAD_DIMS), random.choice(list(DTYPES))
+    step = Step(MIXED, PageFormat.preset(preset, dim), 2, 3, DTYPES[name])
+    step.poison(0x00)
+    clean = {}
+    for isa in ISAS:
+        on_isa(isa)
+        clean[isa] = step.attend(cpu)
+    for byte in (0xFF, 0x7C, 0x7F):  # NaN in every type, then huge numbers
+        step.poison(byte)
+        for isa in ISAS:
+            on_isa(isa)
+            assert torch.equal(step.attend(cpu), clean[isa])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_one_request_cannot_spoil_another(bad, on_isa):
+    fmt = PageFormat.preset(random.choice(list(PRESETS)), 64)
+    requests = [(300, 2, None), (130, 126, None), (200, 9, None), (257, 1, None)]
+    for isa in ISAS:
+        on_isa(isa)
+        step = Step(requests, fmt, 2, 2, torch.bfloat16)
+        good, good_pages = step.attend(cpu), step.store(cpu)
+        begin, end = step.query_start_loc[1:3].tolist()
+        for tensor in (step.query, step.key, step.value):
+            tensor[begin:end] = bad
+        step.pages[step.block_table[1, :1].long()] = 0xFF
+        out, pages = step.attend(cpu), step.store(cpu)
+        others = torch.ones(len(out), dtype=torch.bool)
+        others[begin:end] = False
+        assert torch.equal(out[others], good[others])
+        mine = torch.zeros(len(pages), dtype=torch.bool)
+        mine[step.block_table[1, :2].long()] = True
+        assert torch.equal(pages[~mine], good_pages[~mine])
+
+
+def key_codes(pages: torch.Tensor, fmt: PageFormat) -> torch.Tensor:
+    flat = pages.flatten(0, 1)
+    low, high = (flat[:, fmt.sections[name].slice] for name in ("k_codes", "k_high"))
+    return format.unpack_codes(low, high, fmt.config.key_bits, "key", fmt.head_dim)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("dim", SUPPORTED_HEAD_DIMS)
+def test_stored_pages_match_the_reference(preset, dim, on_isa):
+    dtype = random.choice(list(DTYPES.values()))
     fmt = PageFormat.preset(preset, dim)
-    step = Step([(0, 300, 0), (200, 57, None), (127, 1, 0), (100, 3, 0), (0, 0, 0)], fmt, 2, 1, DTYPES[name])
-    pages, expected = step.store(cpu), step.store(ops)
+    step = Step([(0, 300, 0), (200, 57, None), (127, 1, 0), (100, 3, 0), (0, 0, 0)], fmt, 2, 1, dtype)
+    expected = step.store(ops)
     touched = (expected != step.pages).flatten(1).any(1)
-    assert torch.equal(pages[~touched], step.pages[~touched])
     assert touched.sum() == 4
-    # Rounding ties (and what follows from a parameter on a tie) may fall to either side.
-    differing = (pages != expected).float().mean()
-    assert differing < 2e-3, f"{differing:.2e} of the bytes differ"
     starts = {int(step.block_table[row, 0]) for row in range(len(step.requests))}
     first = torch.tensor([int(block) in starts for block in touched.nonzero()])
-    for got, want in zip(
-        reference.decode_pages_rotated(pages[touched], fmt, first),
-        reference.decode_pages_rotated(expected[touched], fmt, first),
-    ):
-        near = (got - want).abs() <= 1e-2 * want.abs() + 1e-3
-        assert near.float().mean() > 0.998
+    want_key, want_value = reference.decode_pages_rotated(expected[touched], fmt, first)
+    for isa in ISAS:
+        on_isa(isa)
+        pages = step.store(cpu)
+        assert torch.equal(pages[~touched], step.pages[~touched])
+        got, want = pages[touched], expected[touched]
+        # Sums in another order put what is on a rounding tie on the other side: a few parameters
+        # by one unit, a few codes by one step. Nothing else may differ.
+        for name, section in fmt.sections.items():
+            differing = (got[..., section.slice] != want[..., section.slice]).float()
+            if differing.numel():
+                assert differing.mean() < 2e-3, f"{isa}: {differing.mean():.2e} of {name} differ"
+        assert torch.equal(got[..., fmt.sections["norms"].end :], want[..., fmt.sections["norms"].end :])
+        assert (key_codes(got, fmt) - key_codes(want, fmt)).abs().max() <= 1
+        key, value = reference.decode_pages_rotated(got, fmt, first)
+        assert (key - want_key).norm() / want_key.norm() < 5e-3
+        assert (value - want_value).norm() / want_value.norm() < 5e-3
 
 
 @pytest.mark.parametrize("name", DTYPES)
-def test_ring_is_written_exactly(name):
+def test_ring_is_written_exactly(name, on_isa):
     fmt = PageFormat.preset("oscar", random.choice(SUPPORTED_HEAD_DIMS))
     step = Step([(0, 700, 0), (500, 1, None), (140, 17, None), (0, 0, 0), (3, 40, 0)], fmt, 2, 2, DTYPES[name])
     assert torch.equal(step.keep(cpu), step.keep(ops))
+
+
+def test_wrong_arguments_are_refused():
+    step = Step([(130, 2, None)], PageFormat.preset("oscar", 64), 2, 2, torch.float32)
+    good = dict(step.__dict__)
+    for name, value in {
+        "query": step.query[:, :3],
+        "key": step.key.double(),
+        "value": step.value.half(),
+        "pages": step.pages[:, :, 1:],
+        "block_table": step.block_table.long(),
+        "ring_table": step.ring_table[:, :1],
+        "seq_lens": step.seq_lens.long(),
+        "ring_start": step.ring_start[:0],
+        "query_start_loc": step.query_start_loc[:1].repeat(2).long(),
+    }.items():
+        step.__dict__.update(good | {name: value})
+        with pytest.raises(ValueError, match="."):
+            step.attend(cpu)
