@@ -157,7 +157,7 @@ def test_no_spills_and_registers_within_budget(source, arch, tmp_path):
         assert spilled == 0, f"{name} spills {spilled} bytes"
         if "combine" in name or "store" in name or "write_ring" in name:
             assert registers <= 64, name
-        elif "attention_128" in source and "Li1EEEv" in name:
+        elif "attention_128" in source and "Li1EEEv" in name and arch != "120":
             assert registers <= 168, name  # twelve warps a block
 
 
@@ -173,7 +173,8 @@ def test_inner_loop_of_the_default_preset(tmp_path):
     source = tmp_path / "one.cu"
     source.write_text(
         '#include "oscar/decode.cuh"\n#include "oscar/presets.cuh"\n'
-        "template __global__ void oscar::decode_kernel<oscar::Presets<128>::Default, 1>(const __grid_constant__ oscar::AttentionParams);\n"
+        "template __global__ void oscar::decode_kernel<oscar::Presets<128>::Default, 1>("
+        "const __grid_constant__ oscar::AttentionParams);\n"
     )
     cubin = tmp_path / "one.cubin"
     target = "-gencode=arch=compute_90a,code=sm_90a"
@@ -189,10 +190,11 @@ def test_inner_loop_of_the_default_preset(tmp_path):
     loop = min((body for body in loops if sum("HMMA" in i for i in body) >= 64), key=len)
     counts = Counter(re.sub(r"^@!?U?P\w+ ", "", i).split()[0].split(".")[0] for i in loop)
     assert not any(op in counts for op in ("I2F", "LDL", "STL", "LDG", "PRMT"))
-    assert counts["HMMA"] == 68  # 32 scores, 32 values, 4 zeros and sums
+    # 32 scores, 32 values, 4 zeros and sums; 8 in a branch for the exact first key
+    assert counts["HMMA"] == 76
     assert sum("LDS.128" in i for i in loop) >= 12
     elements = 64 * 128 * 2 / 32  # keys and values per lane
-    assert len(loop) / elements < 1.6
-    assert sum(counts[op] for op in ("LOP3", "SHF", "FMNMX", "F2FP", "FSEL", "ISETP")) / elements < 1.0
+    assert len(loop) / elements < 1.8  # with its branches, which are rarely taken
+    assert sum(counts[op] for op in ("LOP3", "SHF", "FMNMX", "F2FP", "FSEL", "ISETP")) / elements < 0.9
     bulk = [i for _, i in code if "UBLKCP" in i]
     assert bulk, "pages must arrive by bulk copies"

@@ -36,13 +36,14 @@ int choose_n_tiles(int rows) {
 
 template <class Layout>
 int launch_shape(const OscarAttentionArgs& args, LaunchShape& shape) {
-  int device, sms, shared;
+  int device, sms, shared, capability;
   OSCAR_TRY(cudaGetDevice(&device));
   OSCAR_TRY(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
   OSCAR_TRY(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  OSCAR_TRY(cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, device));
   const int rows = args.max_query_len * args.group;
   shape.n_tiles = choose_n_tiles<Layout>(rows);
-  const int most = std::min(decode_warps(Layout::kHeadDim, shape.n_tiles),
+  const int most = std::min(decode_warps(Layout::kHeadDim, shape.n_tiles, capability),
                             shared / static_cast<int>(sizeof(WarpShared<Layout>)));
   if (most < 1) return OSCAR_DEVICE_TOO_SMALL;
   shape.blocks = sms;

@@ -10,13 +10,19 @@
 namespace oscar {
 
 // Most warps of a block, which fixes the registers of each: more warps hide latency, a
-// second tile of query rows or a larger head needs the registers.
+// second tile of query rows or a larger head needs the registers. Devices of compute
+// capability 12 have shared memory for fewer.
 #ifndef OSCAR_DECODE_WARPS
 #define OSCAR_DECODE_WARPS 12
 #endif
-constexpr int decode_warps(int head_dim, int n_tiles) {
-  return head_dim * n_tiles <= 128 ? OSCAR_DECODE_WARPS : 8;
+constexpr int decode_warps(int head_dim, int n_tiles, int capability) {
+  return head_dim * n_tiles <= 128 && capability < 12 ? OSCAR_DECODE_WARPS : 8;
 }
+#ifdef __CUDA_ARCH__
+constexpr int kCapability = __CUDA_ARCH__ / 100;
+#else
+constexpr int kCapability = 0;
+#endif
 
 // Shared memory of one warp: page buffer, barriers, and the cursors of producer and consumer.
 template <class Layout>
@@ -106,7 +112,7 @@ OSCAR_DEVICE void attend_exact(int unit, int end, const Cursor& c, const Attenti
 }
 
 template <class Layout, int NTiles>
-__global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles), 1)
+__global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kCapability), 1)
     decode_kernel(const __grid_constant__ AttentionParams p) {
   constexpr int kRows = 8 * NTiles, kTiles = Layout::kTiles;
   extern __shared__ __align__(128) uint8_t raw[];

@@ -119,7 +119,7 @@ OSCAR_DEVICE float sum_of_squares(const float (&x)[N]) {
 
 // ---- the kernel ----------------------------------------------------------------------
 template <class Layout>
-__global__ void __launch_bounds__(kStoreThreads) store_kernel(const __grid_constant__ OscarStoreArgs p) {
+__global__ void __launch_bounds__(kStoreThreads, 1) store_kernel(const __grid_constant__ OscarStoreArgs p) {
   constexpr int kDim = Layout::kHeadDim, kChannels = kDim / 32, kTiles = Layout::kTiles;
   extern __shared__ __align__(128) uint8_t raw[];
   StoreShared<Layout>& shared = *reinterpret_cast<StoreShared<Layout>*>(raw);
