@@ -130,6 +130,29 @@ class EngineHost:
 
 
 # ---- the process ------------------------------------------------------------------
+def _pretend_gpus() -> None:
+    """vLLM has no Ray resource for CPUs; fake GPUs serve as one."""
+    from vllm.platforms import current_platform
+
+    type(current_platform).ray_device_key = "GPU"
+
+
+def _start_ray() -> None:
+    """Ray in this process and its children, reachable from this machine alone."""
+    import ray
+
+    _pretend_gpus()
+    ray.init(
+        address="local",
+        _node_ip_address="127.0.0.1",
+        num_cpus=4,
+        num_gpus=2,
+        object_store_memory=100 << 20,
+        include_dashboard=False,
+        runtime_env={"worker_process_setup_hook": _pretend_gpus},
+    )
+
+
 class _Engine:
     """Executes the host's commands."""
 
@@ -148,6 +171,8 @@ class _Engine:
         for name in SWITCHES:
             os.environ.pop(name, None)
         os.environ.update(env)
+        if args.get("distributed_executor_backend") == "ray":
+            _start_ray()
         ops._select.cache_clear()
         self.llm = LLM(**args)
         # Once is enough, and the second time vLLM trips over numba if n-gram drafting loaded it.

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An independent computation of INT2 OScaR numerics in a plain transformers model.
+
+The model runs chunk by chunk, as vLLM's scheduler cut the request. Its attention keeps
+exact keys and values of its own, sends every full block through the reference codec and
+reads: blocks before ``ring_start`` from the codec, later tokens exactly. There are no
+pages, tables, rings or batches, so nothing of vLLM's plumbing is repeated here.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from vllm_oscar.format import PageFormat
+from vllm_oscar.reference import decode_pages, encode_pages
+
+BLOCK = 128
+
+
+class Replay:
+    """Replays requests with the numerics of one preset."""
+
+    def __init__(self, model_path, preset: str) -> None:
+        torch.set_num_threads(1)  # tiny matrices
+        ALL_ATTENTION_FUNCTIONS["oscar_replay"] = self._attention
+        self.model = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=torch.float32, attn_implementation="oscar_replay"
+        ).eval()
+        self.fmt = PageFormat.preset(preset, self.model.config.head_dim)
+
+    @torch.inference_mode()
+    def request(self, tokens: list[int], chunks: list[list[int]], donor: list[dict] | None = None):
+        """Run ``tokens`` in ``chunks`` of ``[context, length]``.
+
+        ``donor`` is the state of the request that computed the blocks of a prefix hit.
+        Returns the logprobs ``[context + length of the last chunk, vocabulary]`` (rows of
+        a prefix hit are NaN) and this request's state.
+        """
+        self.hit = chunks[0][0]
+        shape = (self.hit, self.model.config.num_key_value_heads, self.model.config.head_dim)
+        self.layers = [
+            {
+                "key": torch.full(shape, torch.nan),  # of the hit tokens only the codec's version is known
+                "value": torch.full(shape, torch.nan),
+                "coded_key": donor[i]["coded_key"][: self.hit] if self.hit else torch.empty(shape),
+                "coded_value": donor[i]["coded_value"][: self.hit] if self.hit else torch.empty(shape),
+            }
+            for i in range(self.model.config.num_hidden_layers)
+        ]
+        rows = [torch.full((self.hit, self.model.config.vocab_size), torch.nan)]
+        for self.context, length in chunks:
+            positions = torch.arange(self.context, self.context + length)
+            ids = torch.tensor(tokens)[positions]
+            logits = self.model(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits
+            rows.append(logits[0].log_softmax(-1))
+        return torch.cat(rows), self.layers
+
+    def _ring_start(self) -> int:
+        """First position that is read exactly (DESIGN: the recent window; else the open block)."""
+        if self.fmt.config.recent_window:
+            return max(self.hit, self.context - 128, 0)
+        return self.context - self.context % BLOCK
+
+    def _attention(self, module, query, key, value, attention_mask, scaling, **kwargs):
+        state, start = self.layers[module.layer_idx], self._ring_start()
+        key, value = key[0].transpose(0, 1), value[0].transpose(0, 1)  # [tokens, heads, dim]
+        assert state["key"].shape[0] == self.context
+        state["key"] = torch.cat([state["key"], key])
+        state["value"] = torch.cat([state["value"], value])
+        keys = torch.cat([state["coded_key"][:start], state["key"][start:]])
+        values = torch.cat([state["coded_value"][:start], state["value"][start:]])
+        assert keys.shape[0] == state["key"].shape[0]
+        out = torch.empty_like(query[0])
+        hidden = torch.ones(query.shape[2], keys.shape[0], dtype=torch.bool).triu(self.context + 1)
+        for head in range(query.shape[1]):
+            source = head * key.shape[1] // query.shape[1]
+            logits = query[0, head] @ keys[:, source].T * scaling
+            out[head] = logits.masked_fill(hidden, -torch.inf).softmax(-1) @ values[:, source]
+        self._encode_full_blocks(state)
+        return out.transpose(0, 1)[None], None
+
+    def _encode_full_blocks(self, state: dict) -> None:
+        for begin in range(len(state["coded_key"]), len(state["key"]) - BLOCK + 1, BLOCK):
+            block = slice(begin, begin + BLOCK)
+            first = torch.tensor([begin == 0])
+            page = encode_pages(state["key"][None, block], state["value"][None, block], self.fmt, first)
+            key, value = decode_pages(page, self.fmt, first)
+            state["coded_key"] = torch.cat([state["coded_key"], key[0]])
+            state["coded_value"] = torch.cat([state["coded_value"], value[0]])
