@@ -67,6 +67,13 @@ OSCAR_DEVICE void e4m3x4_to_half2(uint32_t bytes, uint32_t& low, uint32_t& high)
 #endif
 }
 
+// The lower two of four e4m3 bytes.
+OSCAR_DEVICE uint32_t e4m3x2_to_half2(uint32_t bytes) {
+  uint32_t low, high;
+  e4m3x4_to_half2(bytes, low, high);
+  return low;
+}
+
 // ---- tensor cores -------------------------------------------------------------
 // d += a * b, m16n8k16, A row-major, B column-major.
 OSCAR_DEVICE void mma_f16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
