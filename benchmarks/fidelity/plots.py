@@ -101,7 +101,9 @@ def _recall(records: Records, models: list[str]):
                         cells.setdefault((length, question["depth"]), []).append(question["exact"])
             lengths, depths = sorted({k[0] for k in cells}), sorted({k[1] for k in cells})
             grid = [[100 * mean(cells[n, d]) if (n, d) in cells else float("nan") for n in lengths] for d in depths]
-            if grid:
+            if not grid:
+                axis.set_axis_off()
+            else:
                 image = axis.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
                 axis.set_xticks(range(len(lengths)), [f"{n // 1024}k" for n in lengths], fontsize=6)
                 labels = [f"{d:.0%}" if j == 0 else "" for d in depths]
