@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CPU attention over INT2 pages beside vLLM's own CPU attention over bf16 blocks.
+
+Both run in this process, on the same batch, in turns; a case's ratio is the median of
+the ratios of its pairs. Each OScaR result is first compared with the reference.
+
+    python benchmarks/cpu.py                                  # contexts x batches of decode
+    python benchmarks/cpu.py --context 8192 --batch 4 --json out.json
+    python benchmarks/cpu.py --query 1024 --context 4096      # one chunk of a prefill
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vllm_oscar.config import PAGE_TOKENS, WINDOW_TOKENS
+from vllm_oscar.format import PageFormat
+from vllm_oscar.ops import cpu
+from vllm_oscar.ops import reference as ops
+
+DTYPE = torch.bfloat16
+
+
+@dataclass
+class Record:
+    """One case. Times are medians; bandwidths count the bytes of the cache that is read."""
+
+    context: int
+    batch: int
+    query: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    preset: str
+    threads: int
+    isa: str
+    us_oscar: float
+    us_bf16: float
+    ratio: float
+    error: float
+    percent_bandwidth_oscar: float
+    percent_bandwidth_bf16: float
+
+
+class Case:
+    """A batch of requests of equal length, for both implementations."""
+
+    def __init__(self, fmt: PageFormat, context: int, batch: int, query: int, heads: int, kv_heads: int):
+        self.fmt, self.query_heads, self.heads = fmt, heads, kv_heads
+        dim, seq_len = fmt.head_dim, context + query
+        self.context, self.batch, self.new = context, batch, query
+        self.scale = dim**-0.5
+        count = -(-seq_len // PAGE_TOKENS)
+        self.query = torch.randn(batch * query, heads, dim).to(DTYPE)
+        self.key, self.value = (torch.randn(batch * query, kv_heads, dim).to(DTYPE) for _ in range(2))
+        self.starts = torch.arange(batch + 1, dtype=torch.int32) * query
+        self.lens = torch.full((batch,), seq_len, dtype=torch.int32)
+        self.table = torch.randperm(batch * count, dtype=torch.int32).view(batch, count)
+        self.out_oscar, self.out_bf16 = torch.empty_like(self.query), torch.empty_like(self.query)
+
+        self.ring_pages = fmt.ring_pages(DTYPE.itemsize)
+        self.ring_table = torch.arange(batch * self.ring_pages, dtype=torch.int32).view(batch, -1)
+        self.ring = torch.zeros(batch * self.ring_pages, kv_heads, fmt.page_bytes, dtype=torch.uint8)
+        newest = max(context - WINDOW_TOKENS, 0) if fmt.config.recent_window else context
+        self.ring_start = torch.full((batch,), min(context // PAGE_TOKENS * PAGE_TOKENS, newest), dtype=torch.int32)
+        # Sixteen different pages, over and over: encoding 64k x 16 tokens would take longer than measuring.
+        some = 16
+        pages = torch.empty(some, kv_heads, fmt.page_bytes, dtype=torch.uint8)
+        tokens = torch.randn(2, some * PAGE_TOKENS, kv_heads, dim).to(DTYPE)
+        cpu.store_pages(
+            tokens[0],
+            tokens[1],
+            pages,
+            self.ring,
+            torch.arange(some, dtype=torch.int32)[None],
+            self.ring_table[:1],
+            torch.tensor([0, some * PAGE_TOKENS], dtype=torch.int32),
+            torch.tensor([some * PAGE_TOKENS], dtype=torch.int32),
+            self.ring_pages,
+            fmt,
+        )
+        self.pages = pages[1:].repeat(-(-batch * count // (some - 1)), 1, 1)[: batch * count].clone()
+        self.pages[self.table[:, 0].long()] = pages[0]  # only there does a first page make sense
+        recent = min(context, PAGE_TOKENS + 1)
+        cpu.write_ring(
+            *(torch.randn(2, batch * recent, kv_heads, dim).to(DTYPE)),
+            self.ring,
+            self.ring_table,
+            torch.arange(batch + 1, dtype=torch.int32) * recent,
+            torch.full((batch,), context, dtype=torch.int32),
+            self.ring_pages,
+            fmt,
+        )
+
+        from vllm import _custom_ops
+        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+        self.vllm = _custom_ops
+        blocks = torch.randn(1, kv_heads, 2 * PAGE_TOKENS, dim).to(DTYPE).repeat(batch * count, 1, 1, 1)
+        self.blocks = blocks.chunk(2, dim=2)
+        self.metadata = _custom_ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=batch,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=dim,
+            seq_lens=self.lens,
+            dtype=DTYPE,
+            query_start_loc=self.starts,
+            causal=True,
+            sliding_window_size=-1,
+            isa=_get_attn_isa(DTYPE, PAGE_TOKENS, dim),
+            enable_kv_split=True,
+        )
+
+    def _call(self, backend, requests: int, heads: int) -> torch.Tensor:
+        """The operation for the first requests and KV heads."""
+        group, rows = self.query_heads // self.heads, requests * self.new
+        out = self.out_oscar[:rows, : heads * group]
+        backend.attention(
+            out,
+            self.query[:rows, : heads * group],
+            self.key[:rows, :heads],
+            self.value[:rows, :heads],
+            self.pages[:, :heads],
+            self.ring[:, :heads],
+            self.table[:requests],
+            self.ring_table[:requests],
+            self.starts[: requests + 1],
+            self.lens[:requests],
+            self.ring_start[:requests],
+            self.ring_pages,
+            self.scale,
+            self.fmt,
+        )
+        return out
+
+    def error(self) -> float:
+        """Relative error of the first request and KV head; the reference is too slow for more."""
+        got = self._call(cpu, 1, 1).float().clone()
+        want = self._call(ops, 1, 1).float()
+        return float((got - want).norm() / want.norm())
+
+    def oscar(self) -> None:
+        self._call(cpu, self.batch, self.heads)
+
+    def bf16(self) -> None:
+        self.vllm.cpu_attention_with_kv_cache(
+            query=self.query,
+            key_cache=self.blocks[0],
+            value_cache=self.blocks[1],
+            output=self.out_bf16,
+            query_start_loc=self.starts,
+            seq_lens=self.lens,
+            scale=self.scale,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=self.table,
+            softcap=0,
+            scheduler_metadata=self.metadata,
+            s_aux=None,
+        )
+
+    def bytes_read(self) -> tuple[int, int]:
+        """Cache bytes of OScaR and of bf16."""
+        token = 2 * self.fmt.head_dim * DTYPE.itemsize
+        start = int(self.ring_start[0])
+        pages = -(-start // PAGE_TOKENS) * self.fmt.page_bytes
+        recent = (self.context - start + self.new) * token
+        heads = self.batch * self.heads
+        return heads * (pages + recent), heads * (self.context + self.new) * token
+
+
+def read_bandwidth() -> float:
+    """Bytes per second that all threads read from memory, the best of several sums."""
+    data = torch.ones(1 << 25, dtype=torch.int64)  # 256 MiB
+    best = float("inf")
+    for _ in range(5):
+        begin = time.perf_counter()
+        data.sum()
+        best = min(best, time.perf_counter() - begin)
+    return data.nbytes / best
+
+
+def measure(case: Case, repeats: int, cpu_time: bool) -> tuple[float, float, float]:
+    """Median microseconds of both, and the median ratio of the pairs."""
+    clock = time.process_time if cpu_time else time.perf_counter
+    case.oscar(), case.bf16()
+    oscar, bf16 = [], []
+    for _ in range(repeats):
+        begin = clock()
+        case.bf16()
+        middle = clock()
+        case.oscar()
+        end = clock()
+        bf16.append((middle - begin) * 1e6)
+        oscar.append((end - middle) * 1e6)
+    ratios = [b / o for b, o in zip(bf16, oscar)]
+    return statistics.median(oscar), statistics.median(bf16), statistics.median(ratios)
+
+
+def draw(records: list[Record], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for batch in sorted({r.batch for r in records}):
+        mine = sorted((r for r in records if r.batch == batch), key=lambda r: r.context)
+        axes.plot([r.context for r in mine], [r.ratio for r in mine], marker="o", label=f"batch {batch}")
+    axes.axhline(1.0, color="grey", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("context (tokens)")
+    axes.set_ylabel("times as fast as vLLM's bf16 CPU attention")
+    first = records[0]
+    axes.set_title(f"{first.preset}: {first.heads} query heads on {first.kv_heads}, head size {first.head_dim}")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main(
+    context: Annotated[list[int] | None, typer.Option(help="Tokens before the step; repeatable.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Requests; repeatable.")] = None,
+    query: Annotated[int, typer.Option(help="New tokens of each request: 1 is decode.")] = 1,
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
+    kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 8,
+    head_dim: int = 128,
+    preset: str = "oscar",
+    threads: Annotated[int, typer.Option(help="Threads; 0 leaves torch's choice.")] = 0,
+    repeats: Annotated[int, typer.Option(help="Pairs a case.")] = 15,
+    cpu_time: Annotated[
+        bool, typer.Option(help="Count CPU time instead of wall time; for one thread on a busy machine.")
+    ] = False,
+    max_gib: Annotated[float, typer.Option(help="Leave out cases whose bf16 cache is larger.")] = 8.0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write one record per case.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a PNG.")] = None,
+) -> None:
+    """Compare OScaR's CPU attention with vLLM's bf16 CPU attention."""
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    if threads:
+        torch.set_num_threads(threads)
+    if cpu_time and torch.get_num_threads() > 1:
+        raise typer.BadParameter("--cpu-time needs --threads 1")
+    fmt = PageFormat.preset(preset, head_dim)
+    bandwidth = read_bandwidth()
+    console = Console()
+    isa = cpu.isas()[-1]
+    table = Table(title=f"{preset}, {torch.get_num_threads()} threads, {isa}, reads {bandwidth / 1e9:.1f} GB/s")
+    for column in ("context", "batch", "oscar us", "bf16 us", "ratio", "oscar % bw", "bf16 % bw", "error"):
+        table.add_column(column, justify="right")
+    records = []
+    for length in context or [1024, 2048, 4096, 8192, 16384, 32768, 65536]:
+        for requests in batch or [1, 4, 16]:
+            if requests * (length + query) * kv_heads * head_dim * 2 * DTYPE.itemsize > max_gib * 2**30:
+                continue
+            case = Case(fmt, length, requests, query, heads, kv_heads)
+            error = case.error()
+            if not error < 5e-3:
+                raise SystemExit(f"context {length}, batch {requests}: relative error {error:.2e}; nothing was timed")
+            us_oscar, us_bf16, ratio = measure(case, repeats, cpu_time)
+            share = [100 * n / (us * 1e-6) / bandwidth for n, us in zip(case.bytes_read(), (us_oscar, us_bf16))]
+            record = Record(
+                length, requests, query, heads, kv_heads, head_dim, preset, torch.get_num_threads(), isa,
+                round(us_oscar, 1), round(us_bf16, 1), round(ratio, 3), error, round(share[0], 1), round(share[1], 1),
+            )  # fmt: skip
+            records.append(record)
+            table.add_row(
+                f"{length}", f"{requests}", f"{us_oscar:.0f}", f"{us_bf16:.0f}", f"{ratio:.2f}",
+                f"{share[0]:.0f}", f"{share[1]:.0f}", f"{error:.1e}",
+            )  # fmt: skip
+            del case
+    console.print(table)
+    if json_file:
+        json_file.write_text(json.dumps([asdict(r) for r in records], indent=1) + "\n")
+    if plot and records:
+        draw(records, plot)
+
+
+if __name__ == "__main__":
+    typer.run(main)
