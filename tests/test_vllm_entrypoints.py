@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The other ways into vLLM: ``LLM.generate``, ``LLM.chat``, ``vllm bench`` and Ray Data."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from vllm_engine import MODEL, REPO, environment
+
+VLLM = str(Path(sys.executable).with_name("vllm"))
+SMALL = ["--max-model-len", "1024", "--kv-cache-memory-bytes", str(1 << 28), "--enforce-eager"]
+
+SCRIPT = f"""
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    llm = LLM(
+        {str(MODEL)!r}, kv_cache_dtype="oscar", max_model_len=1024, kv_cache_memory_bytes=1 << 28, enforce_eager=True
+    )
+    greedy = SamplingParams(temperature=0, max_tokens=10)
+    prompts = ["Remember: the code of calm-otter-17 is 8302914.\\nThe code of calm-otter-17 is", "import os\\n"]
+    for output in llm.generate(prompts, greedy):
+        print("GENERATE", repr(output.outputs[0].text))
+    chats = [[{{"role": "user", "content": prompt}}] for prompt in prompts]
+    for output in llm.chat(chats, greedy):
+        print("CHAT", repr(output.outputs[0].text))
+"""
+
+
+def run(*command: str, cwd=None) -> str:
+    """Standard output of a command that must succeed, in a process with a real engine process."""
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=800,
+        cwd=cwd,
+        env=environment(VLLM_ENABLE_V1_MULTIPROCESSING="1"),
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+def test_generate_and_chat(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    lines = run(sys.executable, "script.py", cwd=tmp_path).splitlines()
+    for label in ("GENERATE", "CHAT"):
+        found = [line for line in lines if line.startswith(label)]
+        assert len(found) == 2
+        assert "8302914" in found[0]
+
+
+def test_bench_throughput(tmp_path):
+    result = tmp_path / "result.json"
+    run(
+        VLLM, "bench", "throughput", "--model", str(MODEL), "--kv-cache-dtype", "oscar", *SMALL,
+        "--dataset-name", "random", "--random-input-len", "200", "--random-output-len", "16", "--num-prompts", "8",
+        "--output-json", str(result),
+    )  # fmt: skip
+    found = json.loads(result.read_text())
+    assert found["num_requests"] == 8
+    assert found["total_num_tokens"] >= 8 * 200
+
+
+def test_bench_latency(tmp_path):
+    """With random weights, since ``vllm bench latency`` draws token ids below 10,000 whatever the vocabulary."""
+    config = json.loads((MODEL / "config.json").read_text()) | {"vocab_size": 10000}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    result = tmp_path / "result.json"
+    run(
+        VLLM, "bench", "latency", "--model", str(tmp_path), "--load-format", "dummy", "--skip-tokenizer-init",
+        "--kv-cache-dtype", "oscar", *SMALL, "--input-len", "200", "--output-len", "16", "--batch-size", "4",
+        "--num-iters-warmup", "1", "--num-iters", "2", "--output-json", str(result),
+    )  # fmt: skip
+    found = json.loads(result.read_text())
+    assert len(found["latencies"]) == 2 and min(found["latencies"]) > 0
+
+
+def test_ray_data():
+    pytest.importorskip("ray")
+    output = run(sys.executable, str(REPO / "examples" / "ray_batch.py"))
+    answers = [line for line in output.splitlines() if line.startswith("'") and " -> " in line]
+    assert len(answers) == 6
+    assert any(line.startswith(repr("import os\n")) for line in answers)
+    assert all(len(line.split(" -> ")[1]) > 10 for line in answers)
