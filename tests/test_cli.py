@@ -37,7 +37,8 @@ def model(tmp_path):
 def test_plan_shows_every_format_with_the_block_managers_sums(model):
     result = runner.invoke(app, ["plan", str(model), "--memory", "24GiB", "--context", "32768"])
     assert result.exit_code == 0, result.output
-    rows = {cells[0]: cells for cells in (re.split(r"\s*│\s*", line.strip("│ ")) for line in result.output.splitlines())}
+    lines = (re.split(r"\s*│\s*", line.strip("│ ")) for line in result.output.splitlines())
+    rows = {cells[0]: cells for cells in lines}
     assert {"auto", "fp8", *PRESETS} <= set(rows)
     # Independently: 36 layers x 8 heads x 128 tokens of 512 bytes a block, 256 blocks a request.
     blocks = 24 * 2**30 // (36 * 8 * 128 * 512)

@@ -241,7 +241,9 @@ def test_other_configs(options, head_dim):
 
 # ---- attention ----------------------------------------------------------------------------
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("context, ring_start", [(0, 0), (5, 0), (128, 128), (128, 0), (300, 256), (300, 172), (400, 384)])
+@pytest.mark.parametrize(
+    "context, ring_start", [(0, 0), (5, 0), (128, 128), (128, 0), (300, 256), (300, 172), (400, 384)]
+)
 def test_attention_reads_pages_then_ring_then_the_step(preset, context, ring_start):
     """Against a loop over single logits in float64."""
     fmt, scale, queries = PageFormat.preset(preset, 64), 0.2, 7

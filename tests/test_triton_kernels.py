@@ -265,7 +265,7 @@ def test_many_splits(monkeypatch):
 
     batch = Batch(PageFormat.preset("oscar_small", 64), [(430, 1, 50), (140, 1, 12), (3, 1, 3)], heads=1)
     for splits in (1, 3, 7):
-        monkeypatch.setattr(triton_decode, "num_splits", lambda *_: splits)
+        monkeypatch.setattr(triton_decode, "num_splits", lambda *_, splits=splits: splits)
         check_attention(batch)
 
 
@@ -321,7 +321,8 @@ for tokens, requests in eval(sys.argv[4]):
 def compile_for(tmp_path, *args):
     """Registers and stack bytes of every kernel that the given call launches."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), *sys.path])
     command = [sys.executable, "-c", COMPILE, *map(str, args)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-4000:]

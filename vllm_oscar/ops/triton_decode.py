@@ -187,7 +187,8 @@ def decode_kernel(
             DOT,
             BLOCK_N,
         )
-        tl.store(partial_ptr + (partial.to(tl.int64) * (2 * HALF_PAD))[:, None] + channel[None, :], acc, mask=is_row[:, None])
+        line = (partial.to(tl.int64) * (2 * HALF_PAD))[:, None]
+        tl.store(partial_ptr + line + channel[None, :], acc, mask=is_row[:, None])
     else:
         column = tl.arange(0, HALF_PAD)
         source = rotated_ptr + ((query_row * heads + query_head) * (2 * HALF_PAD))[:, None] + column[None, :]
@@ -336,7 +337,7 @@ def decode(
     heads, requests = key.shape[1], seq_lens.shape[0]
     group, device = query_heads // heads, query.device
     F = common.layout(fmt, key.element_size())
-    half, full = common.padded(dim // 2), common.padded(dim)
+    half = common.padded(dim // 2)
     typical = 1 if mixed else -(-tokens // requests)
     block_m = max(16, min(64, triton.next_power_of_2(group * typical)))
     block_q = block_m // group

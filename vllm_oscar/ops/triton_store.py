@@ -343,7 +343,6 @@ def write_ring_kernel(
     """One new token of all heads."""
     row = tl.program_id(0)
     request = find_request(query_start_ptr, row, requests, 1)
-    begin = tl.load(query_start_ptr + request)
     end = tl.load(query_start_ptr + request + 1)
     if (row >= end) | (row < end - F.RING_TOKENS * ring_pages):
         return
