@@ -121,6 +121,10 @@ class EngineHost:
         """Fill the KV cache with a 32-bit word and forget the prefix cache. Returns bytes filled."""
         return self._call("poison", word=word)
 
+    def make_nan(self, token: int) -> None:
+        """From now on the embedding of ``token`` is NaN, and so are the keys and values after it."""
+        self._call("make_nan", token=token)
+
     def state(self) -> dict:
         """Free blocks, running requests, and counters since the engine started."""
         return self._call("state")
@@ -243,12 +247,21 @@ class _Engine:
         into["logprobs"] = into["logprobs"] + logprobs if delta else logprobs
         into["finish"] = sample.finish_reason
 
+    @property
+    def runner(self):
+        return self.core.model_executor.driver_worker.worker.model_runner
+
+    def make_nan(self, token: int) -> None:
+        def hook(module, inputs, output):
+            return output.masked_fill((inputs[0] == token)[:, None], float("nan"))
+
+        self.runner.model.model.embed_tokens.register_forward_hook(hook)
+
     def poison(self, word: int) -> int:
         import torch
 
-        runner = self.core.model_executor.driver_worker.worker.model_runner
         storages = {}
-        for cache in runner.kv_caches:
+        for cache in self.runner.kv_caches:
             for tensor in cache if isinstance(cache, (list, tuple)) else [cache]:
                 storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         for storage in storages.values():
