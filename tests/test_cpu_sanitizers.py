@@ -20,7 +20,7 @@ from unittest.mock import patch
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+FLAGS = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 
 pytestmark = pytest.mark.skipif(
     not shutil.which("g++") or sys.platform != "linux", reason="needs g++ and its sanitizer runtime"

@@ -22,6 +22,7 @@ struct Item {
   int32_t page0, page1;  // pages it reads, as integers; none: ring and in-flight tokens
   int32_t part, parts;   // its place among the partial results of these rows; parts 0: it does everything
   int64_t partial;       // of the rows' first partial result
+  int64_t set;           // counts the rows' finished parts
 };
 
 struct Request {
@@ -55,22 +56,16 @@ class Attention {
       // OpenMP wants every thread at every loop, so a thread without memory passes items by.
       const bool ready = thread_scratch.reserve(scratch_bytes());
       if (!ready) failed = 1;
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
       for (int64_t i = 0; i < count_; i++) {
         thread_scratch.reserve(0);
         if (!ready) failed = 1;
-        else if (items_[i].parts == 0) everything(items_[i]);
-        else if (items_[i].page1 > items_[i].page0) pages_as_integers(items_[i]);
-        else exact_part(items_[i]);
-      }
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < count_; i++) {
-        thread_scratch.reserve(0);
-        if (ready && items_[i].parts && items_[i].part == 0) merge(items_[i]);
+        else compute(items_[i]);
       }
     }
     free(items_);
     free(partials_);
+    free(finished_);
     return failed;
   }
 
@@ -80,7 +75,8 @@ class Attention {
   const int group;  // query heads per KV head
   Item* items_ = nullptr;
   float* partials_ = nullptr;
-  int64_t count_ = 0;
+  int32_t* finished_ = nullptr;
+  int64_t count_ = 0, sets_ = 0;
   int max_rows_ = 0;
 
   // A partial result: output [dim], maximum, total.
@@ -94,7 +90,7 @@ class Attention {
 
   template <class Emit>
   void enumerate(Emit emit) const {
-    int64_t partial = 0;
+    int64_t partial = 0, set = 0;
     for (int r = 0; r < a.requests; r++) {
       const Request q(a, r);
       const int rows = q.tokens * group;
@@ -106,7 +102,7 @@ class Attention {
       const int splits = (q.pages + kSplitPages - 1) / kSplitPages;
       for (int head = 0; head < a.heads; head++)
         for (int row0 = 0; row0 < rows; row0 += tile) {
-          Item item = {r, head, row0, min_of(tile, rows - row0), 0, 0, 0, 0, partial};
+          Item item = {r, head, row0, min_of(tile, rows - row0), 0, 0, 0, 0, partial, set};
           if (!integers) {
             emit(item);
             continue;
@@ -122,6 +118,7 @@ class Attention {
           item.page0 = item.page1 = 0;
           emit(item);
           partial += static_cast<int64_t>(item.rows) * item.parts * partial_floats();
+          set++;
         }
     }
   }
@@ -131,19 +128,32 @@ class Attention {
     enumerate([&](const Item& item) {
       count_++;
       max_rows_ = max_of(max_rows_, item.rows);
-      if (item.parts)
-        floats = max_of(floats, item.partial + static_cast<int64_t>(item.rows) * item.parts * partial_floats());
+      if (!item.parts) return;
+      floats = item.partial + static_cast<int64_t>(item.rows) * item.parts * partial_floats();
+      sets_ = item.set + 1;
     });
     items_ = static_cast<Item*>(malloc(sizeof(Item) * (count_ + 1)));
     partials_ = static_cast<float*>(aligned_alloc(64, (floats * 4 + 64) / 64 * 64));
-    if (!items_ || !partials_) {
+    finished_ = static_cast<int32_t*>(calloc(sets_ + 1, sizeof(int32_t)));
+    if (!items_ || !partials_ || !finished_) {
       free(items_);
       free(partials_);
+      free(finished_);
       return false;
     }
     int64_t next = 0;
     enumerate([&](const Item& item) { items_[next++] = item; });
     return true;
+  }
+
+  // Whoever finishes the last part of some rows merges them: no thread waits for another.
+  void compute(const Item& item) {
+    if (item.parts == 0) return everything(item);
+    if (item.page1 > item.page0) pages_as_integers(item);
+    else exact_part(item);
+    if (__atomic_add_fetch(&finished_[item.set], 1, __ATOMIC_ACQ_REL) < item.parts) return;
+    thread_scratch.reserve(0);
+    merge(item);
   }
 
   // Queries of an item, [row][dim], times the softmax scale.
