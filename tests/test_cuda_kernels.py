@@ -13,7 +13,7 @@ from vllm_oscar.ops import cuda
 from vllm_oscar.ops import reference as reference_ops
 
 usable, reason = cuda.available()
-pytestmark = pytest.mark.skipif(not usable, reason=reason)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not usable, reason=reason)]
 
 CONTEXTS = [0, 1, 127, 128, 129, 255, 256, 300, 511, 1000, 2176, 4099]
 # Of a whole output row. Queries times key scales are rounded to fp16, so errors grow with the scores.
