@@ -13,8 +13,6 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#elif defined(__ARM_NEON)
-#include <arm_neon.h>
 #endif
 
 namespace {
@@ -283,8 +281,10 @@ OSCAR_INLINE I repeat_pairs(I a) {
 #elif defined(__AVX2__)
   OSCAR_EACH a.v[k] = (NativeI)_mm256_shuffle_epi32((__m256i)a.v[k], ODD ? 0xf5 : 0xa0);
 #else
-  const NativeI index = ODD ? NativeI{1, 1, 3, 3} : NativeI{0, 0, 2, 2};
-  OSCAR_EACH a.v[k] = __builtin_shuffle(a.v[k], index);
+  OSCAR_EACH {
+    const NativeI x = a.v[k];
+    a.v[k] = ODD ? NativeI{x[1], x[1], x[3], x[3]} : NativeI{x[0], x[0], x[2], x[2]};
+  }
 #endif
   return a;
 }
