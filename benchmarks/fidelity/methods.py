@@ -195,9 +195,9 @@ def _ablations() -> list[Method]:
     return [
         # what each part of the paper's method gives; with float zeros, because an integer zero
         # point cannot reach the far-from-zero channels of keys that are not rotated
-        oscar(replace(plain, name="oscar_paper:float zero, neither", norm=none), rotation=False),
-        oscar(replace(plain, name="oscar_paper:float zero, scaling only"), rotation=False),
-        oscar(replace(plain, name="oscar_paper:float zero, rotation only", norm=none)),
+        oscar(replace(plain, name="oscar_paper:float zero no rotation no norm", norm=none), rotation=False),
+        oscar(replace(plain, name="oscar_paper:float zero no rotation"), rotation=False),
+        oscar(replace(plain, name="oscar_paper:float zero no norm", norm=none)),
         oscar(replace(plain, name="oscar_paper:float zero")),
         change(paper, "head norm", norm=NormScope.HEAD),
         change(paper, "window", recent_window=True),
@@ -212,7 +212,7 @@ def _ablations() -> list[Method]:
         change(best, "2-bit keys", key_bits=2),
         change(best, "4-bit keys", key_bits=4),
         change(best, "key g32", key_group=32),
-        change(best, "key g128, no first key", key_group=128, exact_first_key=False),
+        change(best, "key g128 no first key", key_group=128, exact_first_key=False),
         change(best, "value g32", value_group=32),
         change(best, "value g64", value_group=64),
         *(change(best, f"key clip {c}", key_clip=c) for c in (0.85, 0.9, 0.95, 1.0) if c != best.key_clip),
