@@ -154,7 +154,6 @@ class Step:
         )
         return ring
 
-
     def poison(self, byte: int) -> None:
         """Overwrite whatever this step must not read."""
         fmt, view = self.fmt, reference.ring_view(self.ring, self.fmt, self.dtype)
@@ -244,8 +243,13 @@ def test_attention_on_random_batches(on_isa):
 
 def test_bits_do_not_depend_on_the_number_of_threads(on_isa):
     # Several splits of the pages, several row tiles, several heads.
-    step = Step([(4500, 1, None), (2600, 5, None), (700, 150, None), (100, 60, None)],
-                PageFormat.preset("oscar", 64), 2, 4, torch.float32)
+    step = Step(
+        [(4500, 1, None), (2600, 5, None), (700, 150, None), (100, 60, None)],
+        PageFormat.preset("oscar", 64),
+        2,
+        4,
+        torch.float32,
+    )
     before, outputs, pages = torch.get_num_threads(), [], []
     try:
         for threads in (1, 2, 3, 4):
