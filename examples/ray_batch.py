@@ -18,7 +18,7 @@ from pathlib import Path
 import ray
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
-PROMPTS = ["import os\n", "def add(a, b):\n", "class Point:\n", "for i in range(", "# Read a file\n", "try:\n    import"]
+PROMPTS = ["import os\n", "def add(a, b):\n", "class Point:\n", "for i in range(", "# Read a file\n", "try:\n    "]
 
 
 def generate(model: str, kv_cache_dtype: str, gpus: int, prompts: list[str]) -> list[dict]:

@@ -71,7 +71,7 @@ def auto(engine_host, prompts) -> dict[str, list[dict]]:
 
 @pytest.fixture(scope="module")
 def caching(engine_host, auto):
-    """A lossless engine with prefix caching; tests that use it come first and in order."""
+    """A lossless engine with prefix caching; the tests that use it come first in this file."""
     engine_host.start("oscar", env=LOSSLESS, enable_prefix_caching=True)
     assert "the KV cache is NOT compressed" in engine_host.log_text()
     return engine_host
@@ -82,6 +82,7 @@ def test_prompts_of_every_length(caching, prompts, auto):
 
 
 def test_prefix_hit_of_a_block_computed_in_the_same_step(caching, prompts, auto):
+    caching.poison(NAN)
     found = caching.run(prompts["shared"])
     first_chunks = [result["chunks"][0] for result in found]
     assert [context for context, _ in first_chunks] == [0, 128, 128, 256, 256]
@@ -90,6 +91,7 @@ def test_prefix_hit_of_a_block_computed_in_the_same_step(caching, prompts, auto)
 
 
 def test_prefix_hits_of_earlier_requests(caching, prompts, auto):
+    caching.run(prompts["edges"] + prompts["shared"])
     again = caching.run(prompts["edges"])
     assert [result["cached"] for result in again] == [0, 0, 0, 0, 128, 128, 128, 256, 384]
     assert_same(auto["edges"], again)
@@ -99,6 +101,7 @@ def test_prefix_hits_of_earlier_requests(caching, prompts, auto):
 
 
 def test_long_prompts(caching, prompts, auto):
+    caching.poison(NAN)
     found = caching.run(prompts["long"], max_tokens=4)
     assert found[1]["cached"] == 3712
     assert_same(auto["long"], found)

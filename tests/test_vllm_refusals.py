@@ -33,7 +33,8 @@ def refusal(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     def create(config: dict | None = None, **args):
-        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in (LLAMA | (config or {})).items() if v is not ...}))
+        merged = LLAMA | (config or {})
+        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in merged.items() if v is not ...}))
         args = {"model": str(tmp_path), "skip_tokenizer_init": True, "kv_cache_dtype": "oscar"} | args
         return EngineArgs(**args).create_engine_config()
 
