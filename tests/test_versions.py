@@ -35,7 +35,12 @@ def test_the_plugin_registers_in_a_fresh_process():
     "file, old, new, expected",
     [
         ("v1/core/block_pool.py", "def get_new_blocks(self", "def take_blocks(self", "has no BlockPool.get_new_blocks"),
-        ("v1/kv_cache_interface.py", "state_content_bytes", "content_bytes", "AttentionSpec has no state_content_bytes"),
+        (
+            "v1/kv_cache_interface.py",
+            "state_content_bytes",
+            "content_bytes",
+            "AttentionSpec has no state_content_bytes",
+        ),
         (
             "platforms/cpu.py",
             "selected_backend: ",
