@@ -276,4 +276,10 @@ def dense_attention(query, keys, values, context: int, scale: float) -> torch.Te
     position = torch.arange(keys.shape[0], device=query.device)
     visible = position[None, :] <= context + torch.arange(query.shape[0], device=query.device)[:, None]
     weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)
-    return torch.einsum("hqk,khd->qhd", weights, values).to(query.dtype)
+    # A weight of 0 does not silence NaN or inf: they may reach only queries that see them.
+    finite = values.isfinite()
+    out = torch.einsum("hqk,khd->qhd", weights, torch.where(finite, values, 0.0))
+    if not finite.all():
+        seen = torch.einsum("qk,khd->qhd", visible.to(values.dtype), (~finite).to(values.dtype))
+        out = out.masked_fill(seen > 0, float("nan"))
+    return out.to(query.dtype)
