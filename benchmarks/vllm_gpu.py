@@ -132,7 +132,6 @@ def run_job(spec: dict) -> None:
     result["start_s"] = started
     result["kv_tokens"] = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
     Path(spec["result"]).write_text(json.dumps(result))
-    os._exit(0)
 
 
 def engine(job: str, arguments: dict, timeout: float, lossless: bool = False, **options) -> dict | None:
