@@ -2,7 +2,7 @@
 """vLLM end to end on a GPU: is it right, how fast is a decode step, how much is served.
 
     python benchmarks/vllm_gpu.py check
-    python benchmarks/vllm_gpu.py speed --context 131072 --json benchmarks/results/vllm_gpu.json
+    python benchmarks/vllm_gpu.py speed --json benchmarks/results/vllm-h200.json
 
 ``check`` uses the demo model: with the lossless codec, logprobs equal those of ``auto``;
 with INT2, the facts of its recall prompts come back, eager and with CUDA graphs.
@@ -88,37 +88,32 @@ def job_check(llm) -> dict:
     return {"rounds": rounds, "recalled": right, "facts": len(demo.FACTS)}
 
 
-def job_step(llm, context: int) -> dict:
-    """Prefill time and decode step time of one request."""
+def job_speed(llm, context: int, prefill: int, length: int, requests: int, output: int) -> dict:
+    """One request's prefill and decode step, then a batch of requests that do not all fit."""
     import torch
     from vllm import SamplingParams
 
-    prompt = [{"prompt_token_ids": torch.randint(10, 150000, (context,)).tolist()}]
-
-    def seconds(tokens: int) -> float:
+    def seconds(prompts: list, tokens: int) -> float:
         start = time.perf_counter()
-        llm.generate(prompt, SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True), use_tqdm=False)
+        llm.generate(prompts, SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True), use_tqdm=False)
         return time.perf_counter() - start
 
-    prefill = seconds(1)  # later calls find the prompt in the prefix cache
-    seconds(8)
-    short, long = (min(seconds(n) for _ in range(2)) for n in (8, 72))
-    return {"prefill_s": prefill, "step_ms": (long - short) / 64 * 1e3}
+    def prompts(tokens: int, count: int = 1) -> list:
+        return [{"prompt_token_ids": torch.randint(10, 150000, (tokens,)).tolist()} for _ in range(count)]
+
+    seconds(prompts(prefill), 1)
+    result = {"prefill_s": min(seconds(prompts(prefill), 1) for _ in range(2))}
+    one = prompts(context)
+    result["long_prefill_s"] = seconds(one, 1)  # later calls find the prompt in the prefix cache
+    seconds(one, 8)
+    short, long = (min(seconds(one, n) for _ in range(2)) for n in (8, 136))
+    result["step_ms"] = (long - short) / 128 * 1e3
+    llm.reset_prefix_cache()
+    elapsed = seconds(prompts(length, requests), output)
+    return result | {"throughput_s": elapsed, "output_tokens_per_s": requests * output / elapsed}
 
 
-def job_throughput(llm, context: int, requests: int, output: int) -> dict:
-    """Output tokens per second of many requests that do not all fit."""
-    import torch
-    from vllm import SamplingParams
-
-    prompts = [{"prompt_token_ids": torch.randint(10, 150000, (context,)).tolist()} for _ in range(requests)]
-    start = time.perf_counter()
-    llm.generate(prompts, SamplingParams(max_tokens=output, temperature=0, ignore_eos=True), use_tqdm=False)
-    elapsed = time.perf_counter() - start
-    return {"output_tokens_per_s": requests * output / elapsed, "elapsed_s": elapsed}
-
-
-JOBS = {"check": job_check, "step": job_step, "throughput": job_throughput}
+JOBS = {"check": job_check, "speed": job_speed}
 
 
 def run_job(spec: dict) -> None:
@@ -139,6 +134,7 @@ def engine(job: str, arguments: dict, timeout: float, lossless: bool = False, **
     with tempfile.TemporaryDirectory() as folder:
         spec = {"job": job, "arguments": arguments, "engine": options, "result": f"{folder}/result.json"}
         environment = {**os.environ, "VLLM_OSCAR_CODEC": "lossless" if lossless else "oscar"}
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # this process is the engine's own already
         environment["PYTHONPATH"] = f"{ROOT}:{environment.get('PYTHONPATH', '')}"
         with open(f"{folder}/log", "w") as log:
             try:
@@ -235,41 +231,49 @@ def check(
 
 @app.command()
 def speed(
-    context: Annotated[int, typer.Option()] = 131072,
+    context: Annotated[int, typer.Option(help="Tokens of the request whose decode step is timed.")] = 131072,
+    prefill: Annotated[int, typer.Option(help="Tokens of the timed prefill, in chunks of 8,192.")] = 32768,
+    length: Annotated[int, typer.Option(help="Input tokens of a request of the throughput run.")] = 8192,
+    output: Annotated[int, typer.Option(help="Output tokens of such a request.")] = 512,
+    requests: Annotated[int, typer.Option(help="Requests of the throughput run.")] = 64,
+    memory: Annotated[float, typer.Option(help="GiB of KV cache, the same for every dtype.")] = 24,
     layers: Annotated[int, typer.Option(help="Layers of the model; fewer start faster.")] = 36,
-    requests: Annotated[int, typer.Option(help="Requests of the throughput run.")] = 48,
-    dtypes: Annotated[str, typer.Option()] = "auto,fp8,oscar",
-    jobs: Annotated[str, typer.Option()] = "step,throughput",
+    dtypes: Annotated[str, typer.Option()] = "auto,oscar,fp8",
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
-    timeout: Annotated[float, typer.Option()] = 240,
+    timeout: Annotated[float, typer.Option(help="Seconds per engine.")] = 240,
+    one_process: Annotated[bool, typer.Option(help="All engines in this process: faster, less separate.")] = False,
 ) -> None:
-    """Decode step at batch 1 and throughput at equal KV memory, beside auto and fp8."""
+    """Prefill, decode step and throughput at equal KV memory, beside auto and fp8."""
     import torch
 
+    table = Table("dtype", "tokens in cache", "prefill s", "step ms", "output tokens/s", "start s")
     records = []
+    sizes = {"context": context, "prefill": prefill, "length": length, "requests": requests, "output": output}
+    stamp = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
+             "layers": layers, "kv_gib": memory, **sizes}  # fmt: skip
     with tempfile.TemporaryDirectory() as model:
         (Path(model) / "config.json").write_text(json.dumps({**QWEN3_8B, "num_hidden_layers": layers}))
-        common = dict(model=model, load_format="dummy", skip_tokenizer_init=True)
         for dtype in dtypes.split(","):
-            if "step" in jobs:
-                record = engine("step", {"context": context}, timeout, kv_cache_dtype=dtype, max_num_seqs=8,
-                                max_model_len=context + 256, **common)  # fmt: skip
-                records.append({"job": "step", "dtype": dtype, "context": context, **(record or {"failed": True})})
-            if "throughput" in jobs:
-                length, memory = 8192, layers * 20 * 2**20 * 8
-                record = engine("throughput", {"context": length, "requests": requests, "output": 256}, timeout,
-                                kv_cache_dtype=dtype, max_model_len=length + 512, max_num_seqs=64,
-                                kv_cache_memory_bytes=memory, **common)  # fmt: skip
-                records.append({"job": "throughput", "dtype": dtype, "context": length, "kv_bytes": memory,
-                                **(record or {"failed": True})})  # fmt: skip
-            print(json.dumps(records[-2:]), flush=True)
-    for record in records:
-        record |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "layers": layers,
-                   "date": time.strftime("%Y-%m-%d")}  # fmt: skip
-        print(json.dumps(record))
-    if json_file:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(records, indent=1))
+            run = engine_here if one_process else partial(engine, timeout=timeout)
+            result = run(
+                "speed", sizes, model=model, load_format="dummy", skip_tokenizer_init=True,
+                kv_cache_dtype=dtype, kv_cache_memory_bytes=int(memory * 2**30), max_model_len=context + 256,
+                max_num_seqs=requests, max_num_batched_tokens=8192,
+                compilation_config={"cudagraph_capture_sizes": [1, 8, 16, 24, 32, 48, 64]},
+            )  # fmt: skip
+            records.append({"dtype": dtype, **stamp, **(result or {"failed": True})})
+            print(json.dumps(records[-1]), flush=True)
+            if json_file:  # after every engine: a run that is cut short keeps its numbers
+                json_file.parent.mkdir(parents=True, exist_ok=True)
+                json_file.write_text(json.dumps(records, indent=1) + "\n")
+            if result:
+                table.add_row(
+                    dtype, f"{result['kv_tokens']:,}", f"{result['prefill_s']:.2f}", f"{result['step_ms']:.2f}",
+                    f"{result['output_tokens_per_s']:.0f}", f"{result['start_s']:.0f}",
+                )  # fmt: skip
+            else:
+                table.add_row(dtype, "failed", "", "", "", "")
+    console.print(table)
 
 
 if __name__ == "__main__":

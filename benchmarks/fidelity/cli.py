@@ -212,16 +212,20 @@ def vllm(
     documents: Annotated[int, typer.Option(help="Documents of text.")] = 4,
     length: Annotated[int, typer.Option(help="Their tokens, and those of recall documents.")] = 1536,
     seeds: Annotated[int, typer.Option(help="Recall documents per task.")] = 4,
+    task: Annotated[str, typer.Option(help="Recall tasks, comma-separated.")] = ",".join(tasks.FORMS),
     chunk: Annotated[int, typer.Option(help="Tokens per step: the history of each chunk is read from the cache.")] = 32,
     text: Texts = None,
 ):
     """Measure the presets through vLLM itself: divergence, perplexity and recall as users get them."""
     from . import through_vllm
 
+    forms = task.split(",")
+    if unknown := set(forms) - set(tasks.FORMS):
+        raise typer.BadParameter(f"unknown task {', '.join(unknown)}; use {', '.join(tasks.FORMS)}")
     records = Records(out)
     plan = through_vllm.Plan(documents, length, seeds, chunk)
     with progress() as bar:
-        through_vllm.measure(model, dtype.split(","), plan, tasks.read_texts(text), records, bar)
+        through_vllm.measure(model, dtype.split(","), forms, plan, tasks.read_texts(text), records, bar)
     reporting.write(records, out)
 
 

@@ -19,7 +19,7 @@ from vllm_oscar.config import PRESETS
 
 from . import measures, methods
 from .records import Records
-from .tasks import FORMS, Tasks
+from .tasks import Tasks
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,9 @@ class Engine:
         gc.collect()
 
 
-def measure(models: list[str], dtypes: list[str], plan: Plan, texts: list[str], records: Records, bar) -> None:
+def measure(
+    models: list[str], dtypes: list[str], forms: list[str], plan: Plan, texts: list[str], records: Records, bar
+) -> None:
     """Text and recall of every dtype on every model; ``auto`` first, as the reference."""
     known = methods.registry()
     dtypes = ["auto", *(d for d in dtypes if d != "auto")]
@@ -93,15 +95,14 @@ def measure(models: list[str], dtypes: list[str], plan: Plan, texts: list[str], 
             tasks = Tasks(engine.tokenizer, texts)
             documents = tasks.documents(plan.documents, plan.length)
             prompts = {("text", str(i)): (tokens, []) for i, tokens in enumerate(documents)}
-            for task in FORMS:
+            for task in forms:
                 for seed in range(plan.seeds):
                     prompts[task, str(seed)] = tasks.recall(seed, plan.length, task)
             found: dict[str, list] = {}
             for (task, name), (tokens, questions) in prompts.items():
                 hidden = engine.hidden(tokens)
-                reference = exact.setdefault(f"{task}/{name}", hidden)
                 if task == "text":
-                    values = measures.compare(engine.log_probs, tokens, reference, hidden)
+                    values = measures.compare(engine.log_probs, tokens, exact.setdefault(name, hidden), hidden)
                 else:
                     values = [
                         measures.score_answer(engine.log_probs(hidden[q.begin - 1 : q.end - 1]), tokens, q)
