@@ -205,11 +205,13 @@ def test_recall_documents_hold_facts_and_questions(recall_tasks, task):
 
 def test_a_model_that_knows_the_answer_scores(recall_tasks):
     tokens, questions = recall_tasks.recall(0, 512, "needle")
-    certain = torch.nn.functional.one_hot(tokens, 8192).float().log().clamp(min=-50)
-    for question in questions:
-        answer = certain[question.begin : question.end]
-        assert measures.score_answer(answer, tokens, question)["exact"] == 1.0
-        assert measures.score_answer(answer.roll(1, 1), tokens, question)["exact"] == 0.0
+    certain = torch.nn.functional.one_hot(tokens, 8192).float().roll(-1, 0)  # row i predicts token i + 1
+    knows = measures.right_answers(lambda rows: rows, certain, tokens, questions)
+    assert knows == {f"{q.depth:g}": 1 for q in questions}
+    wrong = questions[2]
+    certain[wrong.end - 2] = certain[wrong.end - 2].roll(1)  # the last token of one answer
+    knows = measures.right_answers(lambda rows: rows, certain, tokens, questions)
+    assert knows == {f"{q.depth:g}": int(q is not wrong) for q in questions}
 
 
 def fake_records(folder: Path) -> Records:
@@ -219,9 +221,11 @@ def fake_records(folder: Path) -> Records:
         records.add(Records.new("m", known[name], 128, "text", {"documents": 2, "length": 512, "from": 256}), text)
         layer = [[{"layer": n, "error": 0.1, "kl": 0.01} for n in range(2)]]
         records.add(Records.new("m", known[name], 128, "layers", {}), layer)
-        answers = [[{"depth": d, "tokens": 1.0, "exact": 1.0, "loss": 0.1} for d in tasks.DEPTHS]]
+        answers = [{f"{d:g}": 1 for d in tasks.DEPTHS}]
         settings = {"task": "needle", "length": 1024, "seeds": 1}
         records.add(Records.new("m", known[name], 128, "recall", settings), answers)
+        through = Records.new("m", known[name] if i else None, 128, "recall through vLLM", settings)
+        records.add(through | ({} if i else {"method": "auto"}), [{**answers[0], "0": int(i < 3)}, answers[0]])
     return records
 
 
@@ -230,6 +234,7 @@ def test_the_report_regenerates_from_the_records(tmp_path):
     assert {p.name for p in written} == {"table.md", "pareto.png", "layers.png", "recall.png"}
     table = (tmp_path / "table.md").read_text()
     assert "| oscar | 90 | 2.81 | 5.69x |" in table and "100.0" in table
+    assert "| oscar:no window | needle | 1024 | 10 | 90.00 ± 10.00 | -10.00 ± 10.00 |" in table
     report.write(Records(tmp_path), tmp_path)
     assert (tmp_path / "table.md").read_text() == table
 

@@ -95,27 +95,27 @@ def compare(log_probs, tokens: torch.Tensor, exact: torch.Tensor, hidden: torch.
 
 
 @torch.no_grad()
-def recall(lab: Lab, method: Method | None, task: str, length: int, seeds: int) -> list[list[dict]]:
-    """Answers in recall documents under teacher forcing: per document one record per question.
-
-    ``exact``: every token of the answer is the most probable one, which is when greedy
-    generation would give that answer.
-    """
+def recall(lab: Lab, method: Method | None, task: str, length: int, seeds: int) -> list[dict[str, int]]:
+    """Answers in recall documents under teacher forcing: per document, depth to right (1) or wrong (0)."""
     documents = [lab.tasks.recall(seed, length, task) for seed in range(seeds)]
     tokens = torch.stack([tokens for tokens, _ in documents])
     hidden = (row for part in tokens.split(lab.batch) for row in lab.hidden(part, method))
     return [
-        [score_answer(lab.log_probs(row[q.begin - 1 : q.end - 1]).cpu(), tokens, q) for q in questions]
+        right_answers(lab.log_probs, row, tokens, questions)
         for (tokens, questions), row in zip(documents, hidden, strict=True)
     ]
 
 
-def score_answer(log_probs: torch.Tensor, tokens: torch.Tensor, question) -> dict:
-    """``log_probs``: ``[n, vocabulary]`` before each token of the answer."""
-    answer = tokens[question.begin : question.end]
-    right = log_probs.argmax(1) == answer
-    loss = -log_probs.gather(1, answer[:, None]).mean().item()
-    return {"depth": question.depth, "tokens": right.float().mean().item(), "exact": float(right.all()), "loss": loss}
+def right_answers(log_probs, hidden: torch.Tensor, tokens: torch.Tensor, questions: list) -> dict[str, int]:
+    """Depth of each question of a document to 1 if greedy generation would give its answer, else 0.
+
+    ``hidden``: last hidden states ``[T, hidden]`` of the document ``tokens`` ``[T]``.
+    """
+    found = {}
+    for q in questions:
+        best = log_probs(hidden[q.begin - 1 : q.end - 1]).argmax(1).cpu()
+        found[f"{q.depth:g}"] = int(torch.equal(best, tokens[q.begin : q.end]))
+    return found
 
 
 @torch.no_grad()

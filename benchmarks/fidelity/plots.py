@@ -30,7 +30,7 @@ def write(records: Records, folder: Path) -> list[Path]:
     for name, figure in figures.items():
         if figure is not None:
             paths.append(folder / f"{name}.png")
-            figure.savefig(paths[-1], dpi=110, bbox_inches="tight")
+            figure.savefig(paths[-1], dpi=80, bbox_inches="tight")
             plt.close(figure)
     return paths
 
@@ -97,8 +97,8 @@ def _recall(records: Records, models: list[str]):
             for record in found:
                 if (record["model"], record["settings"]["task"], record["method"]) == (model, task, name):
                     length = record["settings"]["length"]
-                    for question in (q for document in record["values"] for q in document):
-                        cells.setdefault((length, question["depth"]), []).append(question["exact"])
+                    for depth, right in (item for document in record["values"] for item in document.items()):
+                        cells.setdefault((length, float(depth)), []).append(right)
             lengths, depths = sorted({k[0] for k in cells}), sorted({k[1] for k in cells})
             grid = [[100 * mean(cells[n, d]) if (n, d) in cells else float("nan") for n in lengths] for d in depths]
             if not grid:

@@ -17,11 +17,6 @@ def spread(values: list[float]) -> tuple[float, float]:
     return mean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def flat(values) -> list[dict]:
-    """Question records of all recall documents."""
-    return [question for document in values for question in document]
-
-
 def _pm(values: list[float], digits: int) -> str:
     centre, error = spread(values)
     return f"{centre:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
@@ -30,6 +25,11 @@ def _pm(values: list[float], digits: int) -> str:
 def perplexity_gain(record: dict) -> list[float]:
     """Extra perplexity per document, in percent."""
     return [100 * (math.exp(v["loss"] - v["exact_loss"]) - 1) for v in record["values"]]
+
+
+def _recalled(record: dict) -> list[float]:
+    """Right answers per document, in percent."""
+    return [100 * mean(document.values()) for document in record["values"]]
 
 
 def _order(records: list[dict]) -> list[dict]:
@@ -46,8 +46,7 @@ def _columns(records: Records, model: str, method: str) -> dict[str, str]:
         cells["attention KL"] = f"{mean([v['kl'] for document in record['values'] for v in document]):.4f}"
     recall: dict[str, list[float]] = {}
     for record in records.current("recall", model=model, method=method):
-        documents = [100 * mean(q["exact"] for q in document) for document in record["values"]]
-        recall.setdefault(record["settings"]["task"], []).extend(documents)
+        recall.setdefault(record["settings"]["task"], []).extend(_recalled(record))
     for task, values in recall.items():
         cells[f"{task} %"] = _pm(values, 1)
     for record in records.current("greedy", model=model, method=method):
@@ -82,6 +81,26 @@ def _text_rows(records: Records, model: str, chosen: list[dict], measure: str) -
     return rows
 
 
+def _recall_rows(recall: list[dict]) -> list[dict[str, str]]:
+    """One row per method and settings, with the paired difference to ``auto``."""
+    rows = []
+    for record in recall:
+        s = record["settings"]
+        auto = next(r for r in recall if r["method"] == "auto" and r["settings"] == s)
+        own = _recalled(record)
+        rows.append(
+            {
+                "method": record["method"],
+                "task": s["task"],
+                "tokens": str(s["length"]),
+                "questions": str(sum(len(document) for document in record["values"])),
+                "right %": _pm(own, 2),
+                "points from auto": _pm([x - y for x, y in zip(own, _recalled(auto), strict=True)], 2),
+            }
+        )
+    return rows
+
+
 def markdown(records: Records) -> str:
     parts = ["# Fidelity", "By `python -m benchmarks.fidelity report`; docs/fidelity.md says what the columns mean."]
     for model in dict.fromkeys(r["model"] for r in records.all):
@@ -105,16 +124,16 @@ def markdown(records: Records) -> str:
         through = records.current("text through vLLM", model=model)
         if through:
             rows = _text_rows(records, model, through, "text through vLLM")
-            for row in rows:
-                for record in records.current("recall through vLLM", model=model, method=row["method"]):
-                    documents = [100 * mean(q["exact"] for q in document) for document in record["values"]]
-                    row[f"{record['settings']['task']} %"] = _pm(documents, 1)
             s = through[0]["settings"]
             head = (
                 f"{s['documents']} documents of {s['length']} tokens, prefilled in chunks of {s['chunk']}; "
                 "the model computes in bf16 and `auto` is the reference."
             )
             parts.append(f"## {model}: through vLLM\n\n{head}\n\n{_table(rows)}")
+        recall = _order(records.current("recall through vLLM", model=model))
+        if recall:
+            head = "Right answers, and the difference to `auto` on the same questions."
+            parts.append(f"## {model}: recall through vLLM\n\n{head}\n\n{_table(_recall_rows(recall))}")
     measured = {r["method"] for r in records.all}
     notes = [f"- {m.name}: {m.note}" for m in registry().values() if m.note and m.name in measured]
     if notes:

@@ -104,10 +104,7 @@ def measure(
                 if task == "text":
                     values = measures.compare(engine.log_probs, tokens, exact.setdefault(name, hidden), hidden)
                 else:
-                    values = [
-                        measures.score_answer(engine.log_probs(hidden[q.begin - 1 : q.end - 1]), tokens, q)
-                        for q in questions
-                    ]
+                    values = measures.right_answers(engine.log_probs, hidden, tokens, questions)
                 found.setdefault(task, []).append(values)
             method = known[dtype] if dtype in PRESETS else None
             config = engine.llm.llm_engine.vllm_config.model_config
