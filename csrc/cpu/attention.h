@@ -12,6 +12,7 @@ namespace {
 
 constexpr int kSplitPages = 16;   // pages of one decode item
 constexpr int kDecodeRows = 32;   // rows of a KV head up to which pages are read as integers
+constexpr float kLog2e = 1.44269504088896341f;
 constexpr int kDenseRows = 128;   // rows of one item otherwise
 
 thread_local Scratch thread_scratch;
@@ -156,13 +157,13 @@ class Attention {
     merge(item);
   }
 
-  // Queries of an item, [row][dim], times the softmax scale.
+  // Queries of an item, [row][dim], times the softmax scale: all logits are to base two.
   void load_queries(const Item& item, const Request& q, float* out) const {
     for (int row = 0; row < item.rows; row++) {
       const int token = q.begin + (item.row0 + row) / group, head = item.head * group + (item.row0 + row) % group;
       load_token(offset(a.query, token * a.query_token + head * a.query_head, a.dtype), a.dtype, s.dim,
                  out + row * s.dim);
-      for (int i = 0; i < s.dim; i++) out[row * s.dim + i] *= a.scale;
+      for (int i = 0; i < s.dim; i++) out[row * s.dim + i] *= a.scale * kLog2e;
     }
   }
 
@@ -185,10 +186,15 @@ class Attention {
   }
 
   template <int BITS>
-  void decode_pages(const Item& item, const Request& q, DecodeState& d) const {
-    for (int i = item.page0; i < item.page1; i++)
-      decode_page<BITS>(d, s, page(item, i), i == 0, min_of(kPage, q.ring_start - i * kPage),
-                        i + 1 < item.page1 ? page(item, i + 1) : nullptr);
+  void decode(const Item& item, const Request& q, DecodeState& d) const {
+    const uint8_t* pages[kSplitPages];
+    const int count = item.page1 - item.page0;
+    for (int i = 0; i < count; i++) pages[i] = page(item, item.page0 + i);
+    for (int i = 0; i < count; i += kGroupPages) {
+      const int n = min_of(kGroupPages, count - i), begin = item.page0 + i;
+      decode_pages<BITS>(d, s, pages + i, n, begin == 0, min_of(n * kPage, q.ring_start - begin * kPage), pages + i + n,
+                         min_of(kGroupPages, count - i - n));
+    }
   }
 
   void pages_as_integers(const Item& item) {
@@ -199,9 +205,9 @@ class Attention {
     load_queries(item, q, plain);
     multiply(plain, s.dim, a.hadamard, s.dim, rotated, s.dim, item.rows, s.dim, s.dim, false);
     begin_decode(d, s, rotated);
-    if (a.key_bits == 2) decode_pages<2>(item, q, d);
-    else if (a.key_bits == 3) decode_pages<3>(item, q, d);
-    else decode_pages<4>(item, q, d);
+    if (a.key_bits == 2) decode<2>(item, q, d);
+    else if (a.key_bits == 3) decode<3>(item, q, d);
+    else decode<4>(item, q, d);
     end_decode(d, s, rotated);
     put_partial(item, rotated, d.maximum, d.total);
   }
@@ -304,7 +310,7 @@ class Attention {
       for (int part = 0; part <= last; part++) {
         const float* p = partial(item, row, part);
         float lanes[kLanes];
-        store(lanes, exp_nonpositive(set_f(p[s.dim]) - set_f(top)));
+        store(lanes, exp2_nonpositive(set_f(p[s.dim]) - set_f(top)));
         total += lanes[0] * p[s.dim + 1];
         if (part == last) last_weight[row] = lanes[0];
         else for (int i = 0; i < s.dim; i++) out[i] += lanes[0] * p[i];

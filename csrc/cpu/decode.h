@@ -17,61 +17,65 @@ namespace {
 // Registers hold row tile x (two or four) accumulators.
 constexpr int kRowTile = kParts == 1 ? 4 : 2;
 constexpr int kMaxRows = 16;
+// Pages whose probabilities are rounded together, so that sums in integers run over all of them.
+constexpr int kGroupPages = 2;
+constexpr int kGroupTokens = kGroupPages * kPage;
 
-// A page to bring into the cache while another is worked on, a few lines at a time: pages
-// are scattered, so the machine's own prefetching finds each one too late.
+// Pages to bring into the cache while others are worked on, a few lines at a time: pages are
+// scattered, so the machine's own prefetching finds each one too late.
 class Prefetch {
  public:
-  void begin(const uint8_t* page, int64_t bytes, int steps) {
-    next_ = page;
-    left_ = page ? (bytes + 63) / 64 : 0;
-    step_ = left_ / steps + 1;
+  void begin(const uint8_t* const* pages, int count, int64_t bytes, int steps) {
+    pages_ = pages, count_ = count;
+    lines_ = (bytes + 63) / 64;
+    line_ = 0;
+    step_ = count * lines_ / steps + 1;
   }
   OSCAR_INLINE void advance() {
-    const int64_t count = min_of(step_, left_);
-    for (int64_t i = 0; i < count; i++) __builtin_prefetch(next_ + 64 * i, 0, 2);
-    next_ += 64 * count;
-    left_ -= count;
+    if (!count_) return;
+    const int64_t end = min_of(lines_, line_ + step_);
+    for (; line_ < end; line_++) __builtin_prefetch(*pages_ + 64 * line_, 0, 2);
+    if (line_ == lines_) pages_++, count_--, line_ = 0;
   }
 
  private:
-  const uint8_t* next_ = nullptr;
-  int64_t left_ = 0, step_ = 0;  // lines
+  const uint8_t* const* pages_ = nullptr;
+  int count_ = 0;
+  int64_t lines_ = 0, line_ = 0, step_ = 0;
 };
 
 // What a thread needs for one (request, KV head, split): rows of a KV head's query heads.
 struct DecodeState {
   int rows;
-  float *query_low, *query_high;  // [row][half_padded], rotated, softmax scale applied
-  int32_t* query;                 // [row][words][2 (j1)][2 (block)] pairs of 16 bits
-  float* logits;                  // [row][128], then probabilities
-  int32_t* probs;                 // [row][value group][64] pairs of 16 bits
-  I* spread_probs;                // [row][16]: lanes 4t .. 4t+3 the pair of t
+  float* query;           // [row][4][quads]: rotated, softmax scale applied, in the order of Quads
+  int32_t* numbers;       // [row][2][quads][2 (block)]: the query times key scales, split
+  float* logits;          // [row][token], then probabilities
+  int32_t* probs;         // [row][value group][2][block][j1][t]: times value scales, split
+  I* spread_probs;        // [block][row][j1][2]: lanes 4t .. 4t+3 those of t
   I* planes;
-  float* output;                  // [row][chunk][g][j0][16]: lanes 4t + tile, summed over t at the end
-  float *maximum, *total;         // [row]
-  float* zeros;                   // [row][value group]: sum of p * zero
-  float* factor;                  // [row][value group]: of probs
-  float* decay;                   // [row]: factor of what was summed up before this page
+  float* output;          // [row][chunk][g][j0][16]: lanes 4t + tile, summed over t at the end
+  float *maximum, *total; // [row]
+  float* zeros;           // [row][value group]: sum of p * zero
+  float* factor;          // [row][value group]: of probs
+  float* decay;           // [row]: factor of what was summed up before this page
   Prefetch prefetch;
 };
 
 inline size_t decode_bytes(const Shape& s, int rows) {
   const auto pad = Scratch::padded;
-  return 2 * pad(4 * rows * s.half_padded) + pad(4 * rows * s.words * 4 + 128) + pad(4 * rows * kPage) +
-         pad(4 * rows * s.value_groups * 64) + pad(64 * rows * 16) + pad(64 * s.words * 4) +
-         pad(4 * rows * s.spread()) + 3 * pad(4 * rows) + 2 * pad(4 * rows * s.value_groups);
+  return 2 * pad(16 * rows * s.quads) + pad(4 * rows * kGroupTokens) + pad(4 * rows * s.value_groups * kGroupTokens / 2) +
+         pad(8 * rows * kGroupTokens) + pad(64 * s.words * 4) + pad(4 * rows * s.spread()) + 3 * pad(4 * rows) +
+         2 * pad(4 * rows * s.value_groups);
 }
 
 inline DecodeState take_decode(Scratch& scratch, const Shape& s, int rows) {
   DecodeState d;
   d.rows = rows;
-  d.query_low = scratch.take<float>(rows * s.half_padded);
-  d.query_high = scratch.take<float>(rows * s.half_padded);
-  d.query = scratch.take<int32_t>(rows * s.words * 4 + 32);
-  d.logits = scratch.take<float>(rows * kPage);
-  d.probs = scratch.take<int32_t>(rows * s.value_groups * 64);
-  d.spread_probs = scratch.take<I>(rows * 16);
+  d.query = scratch.take<float>(rows * 4 * s.quads);
+  d.numbers = scratch.take<int32_t>(rows * 4 * s.quads);
+  d.logits = scratch.take<float>(rows * kGroupTokens);
+  d.probs = scratch.take<int32_t>(rows * s.value_groups * kGroupTokens / 2);
+  d.spread_probs = scratch.take<I>(rows * kGroupTokens / 8);
   d.planes = scratch.take<I>(s.words * 4);
   d.output = scratch.take<float>(rows * s.spread());
   d.maximum = scratch.take<float>(rows);
@@ -84,226 +88,262 @@ inline DecodeState take_decode(Scratch& scratch, const Shape& s, int rows) {
 
 // Start with rotated queries [row][dim].
 inline void begin_decode(DecodeState& d, const Shape& s, const float* rotated) {
-  memset(d.query_low, 0, 4 * d.rows * s.half_padded);
-  memset(d.query_high, 0, 4 * d.rows * s.half_padded);
+  if (s.quads != s.words) memset(d.query, 0, 16 * d.rows * s.quads);
   for (int row = 0; row < d.rows; row++)
-    for (int c = 0; c < s.dim; c++)
-      (c & 1 ? d.query_high : d.query_low)[row * s.half_padded + pair_of(c, s.tiles)] = rotated[row * s.dim + c];
+    for (int c = 0; c < s.dim; c++) d.query[row * 4 * s.quads + s.place[c]] = rotated[row * s.dim + c];
   memset(d.output, 0, 4 * d.rows * s.spread());
   memset(d.zeros, 0, 4 * d.rows * s.value_groups);
   for (int row = 0; row < d.rows; row++) d.maximum[row] = -__builtin_inff(), d.total[row] = 0;
 }
 
 // ---- keys ------------------------------------------------------------------------------------------
-// 16-bit query of one row and key group; returns the factor, and what is to be added in `offset`.
-// `centre`: value of the middle code. Writes one block's half of every pair, or both.
-inline float round_query(const float* low, const float* high, const Pairs& scale, const Pairs& centre, float middle,
-                         const Shape& s, int32_t* out, int block, bool both, float& offset) {
-  F peak = zero_f(), dot = zero_f();
-  for (int i = 0; i < s.half_padded; i += 16) {
-    const F a = load_f(low + i), b = load_f(high + i);
-    peak = max(peak, max(abs(a * load_f(scale.low + i)), abs(b * load_f(scale.high + i))));
-    dot = fma(a, load_f(centre.low + i), dot);
-    dot = fma(b, load_f(centre.high + i), dot);
-  }
-  const float top = largest(peak);
-  const F inverse = set_f(top > 0 ? 32767.0f / top : 0.0f);
-  I rounded = zero_i();
-  for (int i = 0; i < s.half_padded; i += 16) {
-    const I a = round_to_int(load_f(low + i) * load_f(scale.low + i) * inverse);
-    const I b = round_to_int(load_f(high + i) * load_f(scale.high + i) * inverse);
-    rounded = rounded + a + b;
-    const I pairs = (a & set_i(0xffff)) | shift_left<16>(b);
-    int32_t* p = out + 2 * i;
-    if (both && i + 16 <= s.half) {
-      store_interleaved(p, pairs, pairs);
-    } else {
-      alignas(64) int32_t lanes[kLanes];
-      store(lanes, pairs);
-      for (int j = 0; j < min_of(16, s.half - i); j++) {
-        if (both) p[2 * j] = p[2 * j + 1] = lanes[j];
-        else p[2 * j + block] = lanes[j];
+// Parameters of one key group.
+struct KeyGroup {
+  Quads scale, centre;  // centre: value of the middle code
+  int index = -1;
+};
+
+inline void load_key_group(KeyGroup& group, const uint8_t* page, const Shape& s, int index, float middle) {
+  if (group.index == index) return;
+  group.index = index;
+  const int bytes = s.args.key_param_bytes;
+  const uint8_t* p = page + s.args.k_params + index * 2 * s.dim * bytes;
+  load_quads(p, bytes, s, group.scale);
+  load_quads(p + s.dim * bytes, bytes, s, group.centre);
+  for (int i = 0; i < 4 * s.quads; i += 16)
+    store(group.centre.v + i, fma(load_f(group.scale.v + i), set_f(middle), load_f(group.centre.v + i)));
+}
+
+// 16-bit queries of all rows for the key groups of a pair of blocks, one group or two. Of each row and
+// block: the factor, and what is to be added.
+inline void round_queries(const DecodeState& d, const Shape& s, const KeyGroup* groups, int count, float middle,
+                          float (*factor)[kMaxRows], float (*offset)[kMaxRows]) {
+  alignas(64) int32_t numbers[2][2][kMaxDim / 4];
+  F peak[2][kMaxRows], dots[2][kMaxRows], sums[2][kMaxRows];
+  for (int block = 0; block < count; block++) {
+    const KeyGroup& group = groups[block];
+    for (int row = 0; row < d.rows; row++) {
+      const float* query = d.query + row * 4 * s.quads;
+      F top = zero_f(), dot = zero_f();
+      for (int i = 0; i < 4 * s.quads; i += 16) {
+        const F q = load_f(query + i);
+        top = max(top, abs(q * load_f(group.scale.v + i)));
+        dot = fma(q, load_f(group.centre.v + i), dot);
       }
+      peak[block][row] = top, dots[block][row] = dot;
+    }
+    reduce<true>(peak[block], d.rows, factor[block]);
+    reduce<false>(dots[block], d.rows, offset[block]);
+  }
+  for (int row = 0; row < d.rows; row++) {
+    const float* query = d.query + row * 4 * s.quads;
+    for (int block = 0; block < count; block++) {
+      const float top = factor[block][row];
+      const F inverse = set_f(top > 0 ? kLargest / top : 0.0f);
+      F sum = zero_f();
+      for (int i = 0; i < s.quads; i += 16) {
+        I n[4];
+        _Pragma("GCC unroll 4") for (int m = 0; m < 4; m++) {
+          const F x = load_f(query + m * s.quads + i) * load_f(groups[block].scale.v + m * s.quads + i);
+          n[m] = round_to_int(x * inverse);
+        }
+        sum = sum + to_float(n[0] + n[1] + n[2] + n[3]);
+        I first, second;
+        split(n[0], n[1], n[2], n[3], first, second);
+        store(numbers[block][0] + i, first);
+        store(numbers[block][1] + i, second);
+      }
+      sums[block][row] = sum;
+    }
+    int32_t* out = d.numbers + row * 4 * s.quads;
+    for (int which = 0; which < 2; which++)
+      for (int i = 0; i < s.quads; i += 16)
+        store_interleaved(out + 2 * (which * s.quads + i), load_i(numbers[0][which] + i),
+                          load_i(numbers[count - 1][which] + i));
+  }
+  for (int block = 0; block < count; block++) {
+    alignas(64) float sum[kMaxRows];
+    reduce<false>(sums[block], d.rows, sum);
+    for (int row = 0; row < d.rows; row++) {
+      factor[block][row] /= kLargest;
+      offset[block][row] -= factor[block][row] * middle * sum[row];
     }
   }
-  const float factor = top / 32767.0f;
-  offset = sum(dot) - factor * middle * sum(rounded);
-  return factor;
 }
 
-template <int BITS, int ROWS, int R>
-OSCAR_INLINE void dot_keys_step(const KeyWord<BITS>& w, const int32_t* query, int row_stride, I (&acc)[ROWS][2]) {
-  I c[2][2];
-  key_codes<BITS, R>(w, c);
-  _Pragma("GCC unroll 8") for (int row = 0; row < ROWS; row++) {
-    const int32_t* q = query + row * row_stride;
-    const I q0 = broadcast_pair(q), q1 = broadcast_pair(q + 2);
-    acc[row][0] = dot16(dot16(acc[row][0], c[0][0], q0), c[1][0], q1);
-    acc[row][1] = dot16(dot16(acc[row][1], c[0][1], q0), c[1][1], q1);
-  }
-}
-
-// Logits of 64 tokens. factor, offset: [row][2 blocks].
+// Logits of 64 tokens: blocks 2 * pair, 2 * pair + 1. factor, offset: [block][row].
 template <int BITS, int ROWS>
-inline void dot_keys(DecodeState& d, const Shape& s, int row0, int pair, const float (*factor)[2],
-                     const float (*offset)[2], const float* norms) {
-  const int32_t* query = d.query + row0 * s.words * 4;
-  I acc[2][ROWS][2];  // [r][row][j0]
-  for (int r = 0; r < 2; r++)
-    for (int row = 0; row < ROWS; row++) acc[r][row][0] = acc[r][row][1] = zero_i();
-  if (kParts == 1) {
-    for (int i = 0; i < s.words; i++) {
-      if (i & 1) d.prefetch.advance();
-      const KeyWord<BITS> w = key_word<BITS>(d.planes, s.words, pair, i);
-      dot_keys_step<BITS, ROWS, 0>(w, query + 4 * i, 4 * s.words, acc[0]);
-      dot_keys_step<BITS, ROWS, 1>(w, query + 4 * i, 4 * s.words, acc[1]);
+inline void dot_keys(DecodeState& d, const Shape& s, int row0, int pair, const float* const (&factor)[2],
+                     const float* const (&offset)[2], const float* norms, float* logits) {
+  const int stride = 4 * s.quads;
+  for (int r = 0; r < 2; r++) {
+    const int32_t* numbers = d.numbers + row0 * stride;
+    Sum sums[ROWS][2];  // [row][j0]
+    _Pragma("GCC unroll 8") for (int row = 0; row < ROWS; row++) sums[row][0] = sums[row][1] = zero_sum();
+    for (int k = 0; k < s.words / 2; k++) {
+      d.prefetch.advance();
+      I codes[2][2];
+      key_codes<BITS>(d.planes, s.words, pair, k, r, codes);
+      _Pragma("GCC unroll 2") for (int j1 = 0; j1 < 2; j1++, numbers += 2)
+        _Pragma("GCC unroll 8") for (int row = 0; row < ROWS; row++) {
+          const I first = broadcast_pair(numbers + row * stride);
+          const I second = broadcast_pair(numbers + row * stride + 2 * s.quads);
+          dot(sums[row][0], codes[j1][0], first, second);
+          dot(sums[row][1], codes[j1][1], first, second);
+        }
     }
-  } else {  // fewer registers
-    for (int i = 0; i < s.words; i++)
-      dot_keys_step<BITS, ROWS, 0>(key_word<BITS>(d.planes, s.words, pair, i), query + 4 * i, 4 * s.words, acc[0]);
-    for (int i = 0; i < s.words; i++)
-      dot_keys_step<BITS, ROWS, 1>(key_word<BITS>(d.planes, s.words, pair, i), query + 4 * i, 4 * s.words, acc[1]);
-  }
-  for (int r = 0; r < 2; r++)
     for (int row = 0; row < ROWS; row++) {
       I blocks[2];
-      deinterleave(acc[r][row][0], acc[r][row][1], blocks[0], blocks[1]);
+      deinterleave(total(sums[row][0]), total(sums[row][1]), blocks[0], blocks[1]);
       for (int block = 0; block < 2; block++) {
         const int token = 64 * pair + 32 * block + 16 * r;
-        const F logit = fma(to_float(blocks[block]), set_f(factor[row0 + row][block]), set_f(offset[row0 + row][block]));
-        store(d.logits + (row0 + row) * kPage + token, logit * load_f(norms + token));
+        const F logit =
+            fma(to_float(blocks[block]), set_f(factor[block][row0 + row]), set_f(offset[block][row0 + row]));
+        store(logits + (row0 + row) * kGroupTokens + token, logit * load_f(norms + token));
       }
     }
+  }
 }
 
 template <int BITS>
-inline void page_logits(DecodeState& d, const Shape& s, const uint8_t* page, bool first) {
+inline void page_logits(DecodeState& d, const Shape& s, const uint8_t* page, bool first, float* logits) {
   alignas(64) float norms[kPage];
   load_norms(page, s, norms);
-  Pairs scale, centre;
   constexpr float middle = ((1 << BITS) - 1) / 2.0f;
-  const int bytes = s.args.key_param_bytes;
-  float factor[kMaxRows][2], offset[kMaxRows][2];
-  int loaded = -1;
+  alignas(64) float factor[2][kMaxRows], offset[2][kMaxRows];
+  KeyGroup groups[2];
   turn_keys<BITS>(page, s, d.planes);
   for (int pair = 0; pair < 2; pair++) {
     const int group[2] = {key_group_of(s, 64 * pair, first), key_group_of(s, 64 * pair + 32, first)};
-    for (int block = 0; block < 2; block++) {
-      if (group[block] == loaded) continue;
-      loaded = group[block];
-      const uint8_t* p = page + s.args.k_params + loaded * 2 * s.dim * bytes;
-      load_pairs(p, bytes, s, scale);
-      load_pairs(p + s.dim * bytes, bytes, s, centre);
-      for (int i = 0; i < s.half_padded; i += 16) {
-        store(centre.low + i, fma(load_f(scale.low + i), set_f(middle), load_f(centre.low + i)));
-        store(centre.high + i, fma(load_f(scale.high + i), set_f(middle), load_f(centre.high + i)));
-      }
-      const bool both = group[0] == group[1];
-      for (int row = 0; row < d.rows; row++) {
-        factor[row][block] = round_query(d.query_low + row * s.half_padded, d.query_high + row * s.half_padded, scale,
-                                         centre, middle, s, d.query + row * s.words * 4, block, both, offset[row][block]);
-        if (both) factor[row][1] = factor[row][0], offset[row][1] = offset[row][0];
-      }
+    const int last = group[1] != group[0];
+    if (pair == 0 || groups[0].index != group[0] || last) {
+      for (int block = 0; block <= last; block++) load_key_group(groups[block], page, s, group[block], middle);
+      round_queries(d, s, groups, last + 1, middle, factor, offset);
     }
+    const float* const factors[2] = {factor[0], factor[last]};
+    const float* const offsets[2] = {offset[0], offset[last]};
     int row = 0;
     for (; row + kRowTile <= d.rows; row += kRowTile)
-      dot_keys<BITS, kRowTile>(d, s, row, pair, factor, offset, norms);
+      dot_keys<BITS, kRowTile>(d, s, row, pair, factors, offsets, norms, logits);
     switch (d.rows - row) {
-      case 3: dot_keys<BITS, 3>(d, s, row, pair, factor, offset, norms); break;
-      case 2: dot_keys<BITS, 2>(d, s, row, pair, factor, offset, norms); break;
-      case 1: dot_keys<BITS, 1>(d, s, row, pair, factor, offset, norms); break;
+      case 3: dot_keys<BITS, 3>(d, s, row, pair, factors, offsets, norms, logits); break;
+      case 2: dot_keys<BITS, 2>(d, s, row, pair, factors, offsets, norms, logits); break;
+      case 1: dot_keys<BITS, 1>(d, s, row, pair, factors, offsets, norms, logits); break;
     }
   }
   if (first && s.args.exact_first_key) {
-    load_pairs(page + s.args.k_params + 2 * s.dim * bytes, 2, s, scale);
+    Quads key;
+    load_quads(page + s.args.k_params + 2 * s.dim * s.args.key_param_bytes, 2, s, key);
     for (int row = 0; row < d.rows; row++) {
       F dot = zero_f();
-      for (int i = 0; i < s.half_padded; i += 16) {
-        dot = fma(load_f(d.query_low + row * s.half_padded + i), load_f(scale.low + i), dot);
-        dot = fma(load_f(d.query_high + row * s.half_padded + i), load_f(scale.high + i), dot);
-      }
-      d.logits[row * kPage] = sum(dot) * norms[0];
+      for (int i = 0; i < 4 * s.quads; i += 16)
+        dot = fma(load_f(d.query + row * 4 * s.quads + i), load_f(key.v + i), dot);
+      logits[row * kGroupTokens] = sum(dot) * norms[0];
     }
   }
 }
 
 // ---- softmax -----------------------------------------------------------------------------------------
-// Logits of the first `count` tokens of a page to probabilities relative to the running maximum.
-inline void page_softmax(const DecodeState& d, int count) {
+// Logits, to base two, of the first `count` tokens to probabilities relative to the running maximum;
+// zero up to `padded`.
+inline void softmax(const DecodeState& d, int count, int padded) {
   const I index = lane_index();
   const F none = set_f(-__builtin_inff());
+  F work[kMaxRows];
+  alignas(64) float top[kMaxRows], sums[kMaxRows];
   for (int row = 0; row < d.rows; row++) {
-    float* logits = d.logits + row * kPage;
-    F peak = none;
-    for (int i = 0; i < kPage; i += 16) {
+    float* logits = d.logits + row * kGroupTokens;
+    F peak = set_f(d.maximum[row]);
+    for (int i = 0; i < padded; i += 16) {
       const F x = select(less(index, set_i(count - i)), load_f(logits + i), none);
       store(logits + i, x);
       peak = max(peak, x);
     }
-    const float old = d.maximum[row];
-    const float top = largest(max(set_f(old), peak));
-    const F base = set_f(top == -__builtin_inff() ? 0.0f : top);
-    F sums = zero_f();
-    for (int i = 0; i < kPage; i += 16) {
-      const F p = exp_nonpositive(load_f(logits + i) - base);
-      store(logits + i, p);
-      sums = sums + p;
-    }
-    float decay = 1.0f;
-    if (old != top) {
-      float lanes[kLanes];
-      store(lanes, exp_nonpositive(set_f(old) - base));
-      decay = lanes[0];
-    }
-    d.decay[row] = decay;
-    d.maximum[row] = top;
-    d.total[row] = d.total[row] * decay + sum(sums);
+    work[row] = peak;
   }
+  reduce<true>(work, d.rows, top);
+  for (int row = 0; row < d.rows; row++) {
+    float* logits = d.logits + row * kGroupTokens;
+    const F base = set_f(top[row] == -__builtin_inff() ? 0.0f : top[row]);
+    F sum = zero_f();
+    for (int i = 0; i < padded; i += 16) {
+      const F p = exp2_nonpositive(load_f(logits + i) - base);
+      store(logits + i, p);
+      sum = sum + p;
+    }
+    work[row] = sum;
+    d.decay[row] = 1.0f;
+    if (d.maximum[row] != top[row]) {
+      float lanes[kLanes];
+      store(lanes, exp2_nonpositive(set_f(d.maximum[row]) - base));
+      d.decay[row] = lanes[0];
+    }
+    d.maximum[row] = top[row];
+  }
+  reduce<false>(work, d.rows, sums);
+  for (int row = 0; row < d.rows; row++) d.total[row] = d.total[row] * d.decay[row] + sums[row];
 }
 
 // ---- values ------------------------------------------------------------------------------------------
-inline void round_probabilities(const DecodeState& d, const Shape& s, const uint8_t* page, int count) {
-  alignas(64) float scale[kMaxValueGroups * kPage], zero[kMaxValueGroups * kPage];
-  load_value_params(page, s, scale, zero);
-  if (count < kPage)  // may be NaN, and 0 * NaN is NaN
-    for (int group = 0; group < s.value_groups; group++)
-      for (int i = count; i < kPage; i++) scale[group * kPage + i] = zero[group * kPage + i] = 0;
-  for (int i = 0; i < s.value_groups * kPage; i += 16)  // now the value of the middle code
-    store(zero + i, fma(load_f(scale + i), set_f(1.5f), load_f(zero + i)));
-  for (int row = 0; row < d.rows; row++) {
-    const float* p = d.logits + row * kPage;
-    for (int group = 0; group < s.value_groups; group++) {
-      const float *vs = scale + group * kPage, *vz = zero + group * kPage;
-      F peak = zero_f(), zeros = zero_f();
-      for (int i = 0; i < kPage; i += 16) {
+inline void round_probabilities(const DecodeState& d, const Shape& s, const uint8_t* const* pages, int count,
+                                int padded) {
+  alignas(64) float scale[kMaxValueGroups * kGroupTokens], zero[kMaxValueGroups * kGroupTokens];
+  for (int i = 0; i < padded; i += kPage) load_value_params(pages[i / kPage], s, kGroupTokens, scale + i, zero + i);
+  for (int group = 0; group < s.value_groups; group++) {
+    float *vs = scale + group * kGroupTokens, *vz = zero + group * kGroupTokens;
+    for (int i = count; i < padded; i++) vs[i] = vz[i] = 0;  // may be NaN, and 0 * NaN is NaN
+    for (int i = 0; i < padded; i += 16)                     // now the value of the middle code
+      store(vz + i, fma(load_f(vs + i), set_f(1.5f), load_f(vz + i)));
+  }
+  for (int group = 0; group < s.value_groups; group++) {
+    const float *vs = scale + group * kGroupTokens, *vz = zero + group * kGroupTokens;
+    F peak[kMaxRows], zeros[kMaxRows], sums[kMaxRows];
+    alignas(64) float top[kMaxRows], zeros_sum[kMaxRows], sum[kMaxRows];
+    for (int row = 0; row < d.rows; row++) {
+      const float* p = d.logits + row * kGroupTokens;
+      peak[row] = zeros[row] = zero_f();
+      for (int i = 0; i < padded; i += 16) {
         const F x = load_f(p + i);
-        peak = max(peak, x * load_f(vs + i));
-        zeros = fma(x, load_f(vz + i), zeros);
+        peak[row] = max(peak[row], x * load_f(vs + i));
+        zeros[row] = fma(x, load_f(vz + i), zeros[row]);
       }
-      const float top = largest(peak);
+    }
+    reduce<true>(peak, d.rows, top);
+    reduce<false>(zeros, d.rows, zeros_sum);
+    for (int row = 0; row < d.rows; row++) {
+      const float* p = d.logits + row * kGroupTokens;
+      const F inverse = set_f(top[row] > 0 ? kLargest / top[row] : 0.0f);
+      sums[row] = zero_f();
+      int32_t* out = d.probs + (row * s.value_groups + group) * kGroupTokens / 2;
+      for (int i = 0; i < padded; i += 64) {  // lanes (block, j1, t) of (r, half)
+        I n[2][2];
+        _Pragma("GCC unroll 2") for (int r = 0; r < 2; r++) {
+          const int t = i + 16 * r;
+          F even, odd;
+          deinterleave(load_f(p + t) * load_f(vs + t), load_f(p + t + 32) * load_f(vs + t + 32), even, odd);
+          n[r][0] = round_to_int(even * inverse), n[r][1] = round_to_int(odd * inverse);
+        }
+        sums[row] = sums[row] + to_float(n[0][0] + n[0][1] + n[1][0] + n[1][1]);
+        I first, second;
+        split(n[0][0], n[1][0], n[0][1], n[1][1], first, second);
+        store(out + i / 4, first);
+        store(out + kGroupTokens / 4 + i / 4, second);
+      }
+    }
+    reduce<false>(sums, d.rows, sum);
+    for (int row = 0; row < d.rows; row++) {
       const int slot = row * s.value_groups + group;
-      I rounded = zero_i();
-      d.factor[slot] = top / 32767.0f;
-      const F inverse = set_f(top > 0 ? 32767.0f / top : 0.0f);
-      int32_t* out = d.probs + slot * 64;
-      for (int i = 0; i < kPage; i += 32) {
-        F even, odd;
-        deinterleave(load_f(p + i) * load_f(vs + i), load_f(p + i + 16) * load_f(vs + i + 16), even, odd);
-        const I a = round_to_int(even * inverse), b = round_to_int(odd * inverse);
-        rounded = rounded + a + b;
-        store(out + i / 2, (a & set_i(0xffff)) | shift_left<16>(b));
-      }
-      d.zeros[slot] = d.zeros[slot] * d.decay[row] + sum(zeros) - d.factor[slot] * 1.5f * sum(rounded);
+      d.factor[slot] = top[row] / kLargest;
+      d.zeros[slot] = d.zeros[slot] * d.decay[row] + zeros_sum[row] - d.factor[slot] * 1.5f * sum[row];
     }
   }
 }
 
 template <int ROWS>
-inline void dot_values(DecodeState& d, const Shape& s, const uint8_t* codes, int row0, int chunk) {
+inline void dot_values(DecodeState& d, const Shape& s, const uint8_t* const* pages, int count, int row0, int chunk) {
   const int width = s.width(chunk);
   const int block_bytes = 32 * s.tiles * 4;
-  const uint8_t* base = codes + chunk * 128 * 4;
-  const I* probs = d.spread_probs + row0 * 16;
+  const I* probs = d.spread_probs + row0 * 4;
   F factor[ROWS], decay[ROWS];
   for (int row = 0; row < ROWS; row++) {
     alignas(64) float lanes[kLanes];
@@ -316,79 +356,82 @@ inline void dot_values(DecodeState& d, const Shape& s, const uint8_t* codes, int
   }
   for (int g = 0; g < 8; g++) {
     d.prefetch.advance();
-    I acc[ROWS][2];
-    _Pragma("GCC unroll 8") for (int row = 0; row < ROWS; row++) acc[row][0] = acc[row][1] = zero_i();
-    _Pragma("GCC unroll 4") for (int block = 0; block < 4; block++) {
-      const I w = load_row(base + block * block_bytes + g * 16 * width, width);
-      const I mask = set_i(0x00030003);
-      const I c[4][2] = {{w & mask, shift_right<2>(w) & mask},
-                         {shift_right<4>(w) & mask, shift_right<6>(w) & mask},
-                         {shift_right<8>(w) & mask, shift_right<10>(w) & mask},
-                         {shift_right<12>(w) & mask, shift_right<14>(w) & mask}};
-      _Pragma("GCC unroll 4") for (int k = 0; k < 4; k++)
-        _Pragma("GCC unroll 8") for (int row = 0; row < ROWS; row++) {
-          const I p = probs[row * 16 + block * 4 + k];
-          acc[row][0] = dot16(acc[row][0], p, c[k][0]);
-          acc[row][1] = dot16(acc[row][1], p, c[k][1]);
-        }
+    Sum sums[ROWS][2];
+    _Pragma("GCC unroll 8") for (int row = 0; row < ROWS; row++) sums[row][0] = sums[row][1] = zero_sum();
+    // Not unrolled: one pointer and fixed distances are all that the registers left over can hold.
+    const I* p = probs;
+    for (int page = 0; page < count; page++) {
+      const uint8_t* row_of_codes = pages[page] + s.args.v_codes + chunk * 512 + g * 16 * width;
+      _Pragma("GCC unroll 1") for (int block = 0; block < 4; block++, p += 4 * d.rows, row_of_codes += block_bytes) {
+        const I w = load_row(row_of_codes, width);
+        const I mask = set_i(0x03030303);
+        const I codes[2][2] = {{w & mask, shift_right<2>(w) & mask}, {shift_right<4>(w) & mask, shift_right<6>(w) & mask}};
+        _Pragma("GCC unroll 8") for (int row = 0; row < ROWS; row++)
+          _Pragma("GCC unroll 2") for (int j1 = 0; j1 < 2; j1++) {
+            const I first = load_once(p + 4 * row + 2 * j1), second = load_once(p + 4 * row + 2 * j1 + 1);
+            dot(sums[row][0], codes[j1][0], first, second);
+            dot(sums[row][1], codes[j1][1], first, second);
+          }
+      }
     }
     for (int row = 0; row < ROWS; row++)
       for (int j0 = 0; j0 < 2; j0++) {
         float* out = d.output + (row0 + row) * s.spread() + ((chunk * 8 + g) * 2 + j0) * kLanes;
-        store(out, fma(to_float(acc[row][j0]), factor[row], load_f(out) * decay[row]));
+        store(out, fma(to_float(total(sums[row][j0])), factor[row], load_f(out) * decay[row]));
       }
   }
 }
 
-inline void page_values(DecodeState& d, const Shape& s, const uint8_t* page) {
-  const uint8_t* codes = page + s.args.v_codes;
+inline void values(DecodeState& d, const Shape& s, const uint8_t* const* pages, int count) {
   const int group_tiles = s.args.value_group / 16;
   const I lane = lane_index();
   for (int chunk = 0; chunk < s.chunks; chunk++) {
     const int group = 4 * chunk / group_tiles;
     if (chunk == 0 || group_tiles < 4 || group != 4 * (chunk - 1) / group_tiles) {
       for (int row = 0; row < d.rows; row++)
-        for (int k = 0; k < 16; k++) {  // tokens 8k .. 8k+7: (block, r, j1)
-          const int32_t* p = d.probs + (row * s.value_groups + group) * 64 + 4 * k;
+        for (int k = 0; k < 16 * count; k++) {  // (block, j1, which)
+          const int32_t* p = d.probs + (row * s.value_groups + group) * kGroupTokens / 2 + kGroupTokens / 4 * (k & 1) + 4 * (k >> 1);
           I spread = repeat_each_4(p);
           if (group_tiles == 2 && group + 1 < s.value_groups)  // lanes of tiles 2 and 3
-            spread = select(less(lane & set_i(3), set_i(2)), spread, repeat_each_4(p + 64));
-          d.spread_probs[row * 16 + k] = spread;
+            spread = select(less(lane & set_i(3), set_i(2)), spread, repeat_each_4(p + kGroupTokens / 2));
+          d.spread_probs[(k >> 2) * 4 * d.rows + row * 4 + (k & 3)] = spread;
         }
     }
     int row = 0;
-    for (; row + kRowTile <= d.rows; row += kRowTile) dot_values<kRowTile>(d, s, codes, row, chunk);
+    for (; row + kRowTile <= d.rows; row += kRowTile) dot_values<kRowTile>(d, s, pages, count, row, chunk);
     switch (d.rows - row) {
-      case 3: dot_values<3>(d, s, codes, row, chunk); break;
-      case 2: dot_values<2>(d, s, codes, row, chunk); break;
-      case 1: dot_values<1>(d, s, codes, row, chunk); break;
+      case 3: dot_values<3>(d, s, pages, count, row, chunk); break;
+      case 2: dot_values<2>(d, s, pages, count, row, chunk); break;
+      case 1: dot_values<1>(d, s, pages, count, row, chunk); break;
     }
   }
 }
 
-// One page for all rows; `count` leading tokens are read. `next`: the page to come, or null.
+// A group of pages for all rows; `tokens` leading tokens are read. `next`: pages to come.
 template <int BITS>
-inline void decode_page(DecodeState& d, const Shape& s, const uint8_t* page, bool first, int count,
-                        const uint8_t* next) {
-  d.prefetch.begin(next, s.args.page_bytes, 8 * s.chunks + s.words);
-  page_logits<BITS>(d, s, page, first);
-  page_softmax(d, count);
-  round_probabilities(d, s, page, count);
-  page_values(d, s, page);
+inline void decode_pages(DecodeState& d, const Shape& s, const uint8_t* const* pages, int count, bool first, int tokens,
+                         const uint8_t* const* next, int next_count) {
+  d.prefetch.begin(next, next_count, s.args.page_bytes, 8 * s.chunks + 2 * s.words * count);
+  for (int i = 0; i < count; i++) page_logits<BITS>(d, s, pages[i], first && i == 0, d.logits + i * kPage);
+  softmax(d, tokens, count * kPage);
+  round_probabilities(d, s, pages, tokens, count * kPage);
+  values(d, s, pages, count);
 }
 
 // Rotated output [row][dim], not normalised.
 inline void end_decode(const DecodeState& d, const Shape& s, float* out) {
   for (int row = 0; row < d.rows; row++)
-    for (int chunk = 0; chunk < s.chunks; chunk++)
-      for (int slot = 0; slot < 16; slot++) {  // 2 * g + j0
-        const float* lanes = d.output + row * s.spread() + (chunk * 16 + slot) * kLanes;
-        for (int i = 0; i < s.width(chunk); i++) {
-          const int channel = 16 * (4 * chunk + i) + 8 * (slot & 1) + (slot >> 1);
-          const float zero = d.zeros[row * s.value_groups + channel / s.args.value_group];
-          out[row * s.dim + channel] = lanes[i] + lanes[4 + i] + lanes[8 + i] + lanes[12 + i] + zero;
-        }
+    for (int chunk = 0; chunk < s.chunks; chunk++) {
+      I lanes[16];  // [g][j0], then [t][tile]
+      for (int i = 0; i < 16; i++) lanes[i] = load_i(d.output + row * s.spread() + (chunk * 16 + i) * kLanes);
+      transpose16(lanes);
+      for (int i = 0; i < s.width(chunk); i++) {
+        const int channel = 16 * (4 * chunk + i);
+        const F sum = as_float(lanes[i]) + as_float(lanes[4 + i]) + (as_float(lanes[8 + i]) + as_float(lanes[12 + i]));
+        const F zero = set_f(d.zeros[row * s.value_groups + channel / s.args.value_group]);
+        store(out + row * s.dim + channel, even_then_odd(sum) + zero);
       }
+    }
 }
 
 }  // namespace

@@ -146,12 +146,12 @@ inline void dense_tile(const DenseState& d, const Shape& s, const float* query, 
     const F base = set_f(top == -__builtin_inff() ? 0.0f : top);
     F sums = zero_f();
     for (int i = 0; i < padded; i += 16) {
-      const F p = exp_nonpositive(load_f(scores + i) - base);
+      const F p = exp2_nonpositive(load_f(scores + i) - base);
       store(scores + i, p);
       sums = sums + p;
     }
     if (old != top) {
-      const F decay = exp_nonpositive(set_f(old) - base);
+      const F decay = exp2_nonpositive(set_f(old) - base);
       float lanes[kLanes];
       store(lanes, decay);
       d.total[row] *= lanes[0];

@@ -12,55 +12,56 @@ constexpr int kPage = 128;  // tokens
 constexpr int kMaxDim = 256;
 constexpr int kMaxValueGroups = kMaxDim / 32;
 
+// Where channel c of a pair-ordered row is: pair index and half.
+inline int pair_of(int channel, int tiles) {
+  const int tile = channel >> 4, b = (channel >> 3) & 1, t = (channel >> 1) & 3;
+  return (t * tiles + tile) * 2 + b;
+}
+
 struct Shape {
   explicit Shape(const OscarArgs& a)
       : args(a), dim(a.head_dim), tiles(dim / 16), chunks((tiles + 3) / 4), words(dim / 4),
-        half(dim / 2), half_padded((half + 15) / 16 * 16), key_groups(kPage / a.key_group),
-        value_groups((dim + a.value_group - 1) / a.value_group) {}
+        quads((words + 15) / 16 * 16), key_groups(kPage / a.key_group),
+        value_groups((dim + a.value_group - 1) / a.value_group) {
+    for (int c = 0; c < dim; c++) {
+      const int pair = pair_of(c, tiles);
+      place[c] = static_cast<int16_t>(((c & 1) * 2 + ((pair >> 1) & 1)) * quads + (pair >> 2) * 2 + (pair & 1));
+    }
+  }
 
   const OscarArgs& args;
   int dim, tiles, chunks;  // chunks of four 16-channel tiles
   int words;               // key words per token lane: a word has four channels of a token
-  int half, half_padded;   // channel pairs
+  int quads;               // as many, rounded up to whole vectors: see Quads
   int key_groups, value_groups;
+  int16_t place[kMaxDim];  // of a channel among quads
 
   int width(int chunk) const { return min_of(4, tiles - 4 * chunk); }
   // Floats of one row's output while lanes still hold partial sums.
   int spread() const { return chunks * 16 * kLanes; }
 };
 
-// Key parameters come as channel pairs; the two channels of a pair are kept apart, so that
-// a vector of pairs packs without shuffles. Pairs beyond head_dim / 2 are zero.
-struct Pairs {
-  alignas(64) float low[kMaxDim / 2], high[kMaxDim / 2];
+// Numbers by channel in the order in which key codes are multiplied: a byte of codes each of two
+// words 2k, 2k + 1 and both halves make a quad, 2k + j1. The four members of the quads are kept apart:
+// [half][word][quads]. Quads beyond head_dim / 4 are zero.
+struct Quads {
+  alignas(64) float v[kMaxDim];
 };
 
-inline void load_pairs(const uint8_t* p, int bytes, const Shape& s, Pairs& out) {
-  // A last half vector must not pick up what follows: it may be NaN.
+inline void load_quads(const uint8_t* p, int bytes, const Shape& s, Quads& out) {
+  // A last part of a vector must not pick up what follows: it may be NaN.
   alignas(64) uint8_t padded[2 * kMaxDim];
-  if (s.half_padded != s.half) {
+  if (s.quads != s.words) {
     memcpy(padded, p, s.dim * bytes);
-    memset(padded + s.dim * bytes, 0, (2 * s.half_padded - s.dim) * bytes);
+    memset(padded + s.dim * bytes, 0, (4 * s.quads - s.dim) * bytes);
     p = padded;
   }
-  for (int i = 0; i < s.half_padded; i += 16) {
-    F a, b, low, high;
-    if (bytes == 1) {
-      a = load_e4m3(p + 2 * i), b = load_e4m3(p + 2 * i + 16);
-    } else {
-      const I raw = load_i(p + 4 * i);
-      a = fp16_half<false>(raw), b = fp16_half<true>(raw);
-    }
-    deinterleave(a, b, low, high);
-    store(out.low + i, low);
-    store(out.high + i, high);
+  for (int i = 0; i < s.quads; i += 16) {
+    F v[4];
+    if (bytes == 1) load_quads_e4m3(p + 4 * i, v);
+    else load_quads_fp16(p + 8 * i, v);
+    for (int m = 0; m < 4; m++) store(out.v + m * s.quads + i, v[m]);
   }
-}
-
-// Where channel c of a pair-ordered row is: pair index and half.
-inline int pair_of(int channel, int tiles) {
-  const int tile = channel >> 4, b = (channel >> 3) & 1, t = (channel >> 1) & 3;
-  return (t * tiles + tile) * 2 + b;
 }
 
 // ---- parameters of tokens, in token order -----------------------------------------------------
@@ -77,8 +78,8 @@ inline void load_norms(const uint8_t* page, const Shape& s, float* norms) {
   }
 }
 
-// Value scales and zeros: [group][token].
-inline void load_value_params(const uint8_t* page, const Shape& s, float* scale, float* zero) {
+// Value scales and zeros: [group][token], groups `stride` apart.
+inline void load_value_params(const uint8_t* page, const Shape& s, int stride, float* scale, float* zero) {
   const int groups = s.value_groups;
   const uint8_t *ps = page + s.args.v_scale, *pz = page + s.args.v_zero;
   for (int group = 0; group < groups; group++)
@@ -97,7 +98,7 @@ inline void load_value_params(const uint8_t* page, const Shape& s, float* scale,
       }
       for (int which = 0; which < 2; which++) {
         const I ordered = even_then_odd_by_8(raw[which]);
-        float* out = (which ? zero : scale) + group * kPage + i;
+        float* out = (which ? zero : scale) + group * stride + i;
         store(out, fp16_half<false>(ordered));
         store(out + 16, fp16_half<true>(ordered));
       }
@@ -109,13 +110,22 @@ inline int key_group_of(const Shape& s, int token, bool first_page) {
 }
 
 // ---- key codes -----------------------------------------------------------------------------------
-// Words are turned so that a vector has one channel pair of 16 tokens: word t * tiles + tile,
-// lane 2 * g + block. One plane of each 64-token half: [half][word]; then the upper plane of
-// 4-bit codes likewise, or of 3-bit codes [word], lane 2 * g + half, serving two blocks.
+// Words are turned so that a vector has the words of 16 tokens at t, tile: word t * tiles + tile, lane
+// 2 * g + block. Bytes of two words are then put together by r, so that a byte of a lane has codes of
+// one token row: [64-token half][word / 2][r]. Upper bits follow in the same way; those of 3-bit keys
+// serve both halves, [word / 2][r] with lane 2 * g + half.
 template <int BITS>
 constexpr int planes_per_word() { return BITS == 2 ? 2 : BITS == 3 ? 3 : 4; }
 
-// Turn 16 rows, two for each g, `stride` bytes apart.
+// Bytes (half, r) of two words to bytes (half, word) of r = 0 and of r = 1.
+OSCAR_INLINE void join_words(I a, I b, I* out) {
+  const I even = set_i(0x00ff00ff);
+  out[0] = merge_bits(even, a, shift_left<8>(b));
+  out[1] = merge_bits(even, shift_right<8>(a), b);
+}
+
+// Turn 16 rows, two for each g, `stride` bytes apart. UPPER: undo their rotation by two bits.
+template <bool UPPER>
 OSCAR_INLINE void turn_words(const uint8_t* rows, int64_t stride, int width, int tiles, I* out) {
   I r[16];
   _Pragma("GCC unroll 8") for (int g = 0; g < 8; g++) {
@@ -123,60 +133,60 @@ OSCAR_INLINE void turn_words(const uint8_t* rows, int64_t stride, int width, int
     r[2 * g + 1] = load_row(rows + g * 16 * width + stride, width);
   }
   transpose16(r);
+  if (UPPER) _Pragma("GCC unroll 16") for (int i = 0; i < 16; i++) r[i] = rotate_right<2>(r[i]);
   _Pragma("GCC unroll 4") for (int t = 0; t < 4; t++)
-    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++)
-      if (i < width) store(out + t * tiles + i, r[4 * t + i]);
+    _Pragma("GCC unroll 2") for (int i = 0; i < 4; i += 2) {
+      if (tiles & 1) {
+        if (i < width) out[t * tiles + i] = r[4 * t + i];
+        if (i + 1 < width) out[t * tiles + i + 1] = r[4 * t + i + 1];
+      } else if (i < width) {
+        join_words(r[4 * t + i], r[4 * t + i + 1], out + t * tiles + i);
+      }
+    }
+}
+
+template <bool UPPER>
+inline void turn_plane(const uint8_t* rows, const Shape& s, I* out) {
+  const int64_t block_bytes = 32 * s.tiles * 4;
+  for (int chunk = 0; chunk < s.chunks; chunk++) {
+    if (s.width(chunk) == 4) turn_words<UPPER>(rows + 512 * chunk, block_bytes, 4, s.tiles, out + 4 * chunk);
+    else turn_words<UPPER>(rows + 512 * chunk, block_bytes, s.width(chunk), s.tiles, out + 4 * chunk);
+  }
+  if (s.tiles & 1)  // words 2k, 2k + 1 may be of different chunks
+    for (int i = 0; i < s.words; i += 2) join_words(out[i], out[i + 1], out + i);
 }
 
 template <int BITS>
 inline void turn_keys(const uint8_t* page, const Shape& s, I* planes) {
-  const int64_t block_bytes = 32 * s.tiles * 4;
+  const int64_t pair_bytes = 2 * 32 * s.tiles * 4;
   const uint8_t *low = page + s.args.k_codes, *high = page + s.args.k_high;
-  for (int chunk = 0; chunk < s.chunks; chunk++)
-    for (int plane = 0; plane < planes_per_word<BITS>(); plane++) {
-      const uint8_t* rows = (plane < 2 ? low + 2 * plane * block_bytes : high + 2 * (plane - 2) * block_bytes) + 512 * chunk;
-      I* out = planes + plane * s.words + 4 * chunk;
-      if (s.width(chunk) == 4) turn_words(rows, block_bytes, 4, s.tiles, out);
-      else turn_words(rows, block_bytes, s.width(chunk), s.tiles, out);
+  turn_plane<false>(low, s, planes);
+  turn_plane<false>(low + pair_bytes, s, planes + s.words);
+  if (BITS > 2) turn_plane<true>(high, s, planes + 2 * s.words);
+  if (BITS > 3) turn_plane<true>(high + pair_bytes, s, planes + 3 * s.words);
+}
+
+// Codes of quads 2k and 2k + 1, tokens r, of a 64-token half: codes[j1][j0], a byte each.
+template <int BITS>
+OSCAR_INLINE void key_codes(const I* planes, int words, int half, int k, int r, I (&codes)[2][2]) {
+  const I low = planes[half * words + 2 * k + r];
+  I even = low, odd = shift_right<2>(low);
+  if (BITS > 2) {  // slots two apart leave room for the upper bits between them
+    I high;
+    if (BITS == 4) {
+      high = planes[(2 + half) * words + 2 * k + r];
+    } else {
+      const I both = planes[2 * words + 2 * k + r];
+      high = shift_odd_lanes(half ? repeat_pairs<true>(both) : repeat_pairs<false>(both));
     }
-}
-
-// The words of a channel pair of one half, planes lined up: keys of shift 8 * r.
-template <int BITS>
-struct KeyWord {
-  I low, high;
-};
-template <int BITS>
-OSCAR_INLINE KeyWord<BITS> key_word(const I* planes, int words, int half, int word) {
-  KeyWord<BITS> w;
-  w.low = planes[half * words + word];
-  if (BITS == 4) w.high = planes[(2 + half) * words + word];
-  if (BITS == 3) {
-    const I both = planes[2 * words + word];
-    w.high = rotate_odd_lanes(half ? repeat_pairs<true>(both) : repeat_pairs<false>(both));
+    even = merge_bits(set_i(0x33333333), even, shift_left<2>(high));
+    odd = merge_bits(set_i(0x33333333), odd, high);
   }
-  return w;
-}
-
-// Codes (r, j1, j0), as pairs of 16-bit integers: codes[j1][j0].
-template <int BITS, int R>
-OSCAR_INLINE void key_codes(const KeyWord<BITS>& w, I (&codes)[2][2]) {
-  if (BITS == 2) {
-    const I mask = set_i(0x00030003);
-    codes[0][0] = shift_right<8 * R>(w.low) & mask;
-    codes[0][1] = shift_right<8 * R + 2>(w.low) & mask;
-    codes[1][0] = shift_right<8 * R + 4>(w.low) & mask;
-    codes[1][1] = shift_right<8 * R + 6>(w.low) & mask;
-    return;
-  }
-  // Slots two apart leave room for the upper bits between them.
-  const I low = R ? shift_right<8>(w.low) : w.low, high = R ? rotate_right<8>(w.high) : w.high;
-  const I even = merge_bits(set_i(0x00330033), low, high), odd = merge_bits(set_i(0x00cc00cc), low, high);
-  const I mask = set_i(BITS == 3 ? 0x00070007 : 0x000f000f);
+  const I mask = set_i(BITS == 2 ? 0x03030303 : BITS == 3 ? 0x07070707 : 0x0f0f0f0f);
   codes[0][0] = even & mask;
-  codes[0][1] = shift_right<2>(odd) & mask;
+  codes[0][1] = odd & mask;
   codes[1][0] = shift_right<4>(even) & mask;
-  codes[1][1] = shift_right<6>(odd) & mask;
+  codes[1][1] = shift_right<4>(odd) & mask;
 }
 
 // ---- the whole page, for many query rows --------------------------------------------------------
@@ -186,9 +196,9 @@ inline void dequantize_page(const uint8_t* page, const Shape& s, bool first, int
                             float* values) {
   alignas(64) float norms[kPage], v_scale[kMaxValueGroups * kPage], v_zero[kMaxValueGroups * kPage];
   load_norms(page, s, norms);
-  load_value_params(page, s, v_scale, v_zero);
+  load_value_params(page, s, kPage, v_scale, v_zero);
   for (int i = count; i < kPage; i++) norms[i] = 0;
-  Pairs scale, zero;
+  Quads scale, zero;
   int loaded = -1;
   const I index = lane_index();
   turn_keys<BITS>(page, s, planes);
@@ -198,43 +208,36 @@ inline void dequantize_page(const uint8_t* page, const Shape& s, bool first, int
       const int group = key_group_of(s, begin, first);
       if (group != loaded) {
         const uint8_t* p = page + s.args.k_params + group * 2 * s.dim * s.args.key_param_bytes;
-        load_pairs(p, s.args.key_param_bytes, s, scale);
-        load_pairs(p + s.dim * s.args.key_param_bytes, s.args.key_param_bytes, s, zero);
+        load_quads(p, s.args.key_param_bytes, s, scale);
+        load_quads(p + s.dim * s.args.key_param_bytes, s.args.key_param_bytes, s, zero);
         loaded = group;
       }
       for (int r = 0; r < 2; r++) {
         const int token = begin + 16 * r;
         const F norm = load_f(norms + token);
         const I valid = less(index, set_i(count - token));
-        for (int t = 0; t < 4; t++)
-          for (int tile = 0; tile < s.tiles; tile++) {
-            const int word = t * s.tiles + tile;
-            I c[2][2];  // [j1][j0]
-            const KeyWord<BITS> w = key_word<BITS>(planes, s.words, pair, word);
-            if (r == 0) key_codes<BITS, 0>(w, c);
-            else key_codes<BITS, 1>(w, c);
-            for (int j1 = 0; j1 < 2; j1++) {
-              I blocks[2];
-              deinterleave(c[j1][0], c[j1][1], blocks[0], blocks[1]);
-              const I codes = blocks[block];
-              const int p = 2 * word + j1, channel = 16 * tile + 8 * j1 + 2 * t;
-              const F low = to_float(codes & set_i(0xffff)), high = to_float(shift_right<16>(codes));
-              const F a = fma(low, set_f(scale.low[p]), set_f(zero.low[p])) * norm;
-              const F b = fma(high, set_f(scale.high[p]), set_f(zero.high[p])) * norm;
-              store(keys + channel * kPage + token, select(valid, a, zero_f()));
-              store(keys + (channel + 1) * kPage + token, select(valid, b, zero_f()));
+        for (int k = 0; k < s.words / 2; k++) {
+          I c[2][2];  // [j1][j0]
+          key_codes<BITS>(planes, s.words, pair, k, r, c);
+          for (int j1 = 0; j1 < 2; j1++) {
+            I blocks[2];
+            deinterleave(c[j1][0], c[j1][1], blocks[0], blocks[1]);
+            I codes = blocks[block];
+            for (int m = 0; m < 4; m++, codes = shift_right<8>(codes)) {  // m: half, word
+              const int word = 2 * k + (m & 1), place = m * s.quads + 2 * k + j1;
+              const int channel = 16 * (word % s.tiles) + 8 * j1 + 2 * (word / s.tiles) + (m >> 1);
+              const F key = fma(to_float(codes & set_i(0xff)), set_f(scale.v[place]), set_f(zero.v[place])) * norm;
+              store(keys + channel * kPage + token, select(valid, key, zero_f()));
             }
           }
+        }
       }
     }
   }
   if (first && s.args.exact_first_key && count) {
-    Pairs exact;
-    load_pairs(page + s.args.k_params + 2 * s.dim * s.args.key_param_bytes, 2, s, exact);
-    for (int c = 0; c < s.dim; c++) {
-      const int p = pair_of(c, s.tiles);
-      keys[c * kPage] = (c & 1 ? exact.high[p] : exact.low[p]) * norms[0];
-    }
+    Quads exact;
+    load_quads(page + s.args.k_params + 2 * s.dim * s.args.key_param_bytes, 2, s, exact);
+    for (int c = 0; c < s.dim; c++) keys[c * kPage] = exact.v[s.place[c]] * norms[0];
   }
 
   // A word has one channel of tokens 16r + 8*j1 + 2t + half in slots (half, r, j1, j0).

@@ -32,7 +32,6 @@ typedef int32_t NativeI __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t NativeU __attribute__((vector_size(kVectorBytes)));
 typedef float NativeF __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t Native16 __attribute__((vector_size(kVectorBytes / 2)));
-typedef uint8_t Native8 __attribute__((vector_size(kVectorBytes / 4)));
 
 #define OSCAR_INLINE inline __attribute__((always_inline))
 #define OSCAR_EACH _Pragma("GCC unroll 4") for (int k = 0; k < kParts; k++)
@@ -58,6 +57,14 @@ OSCAR_INLINE I load_i(const void* p) {
 OSCAR_INLINE F load_f(const void* p) {
   F r;
   OSCAR_EACH memcpy(&r.v[k], static_cast<const char*>(p) + k * kVectorBytes, kVectorBytes);
+  return r;
+}
+// The same in a register: the compiler would rather load again for every use.
+OSCAR_INLINE I load_once(const I* p) {
+  I r = *p;
+#if defined(__AVX512F__)
+  asm("" : "+v"(r.v[0]));
+#endif
   return r;
 }
 OSCAR_INLINE void store(void* p, I a) {
@@ -131,11 +138,19 @@ OSCAR_INLINE F fma(F a, F b, F c) {
 }
 // Of a NaN and a number, `a` decides: max(number, NaN) is NaN, max(NaN, number) the number.
 OSCAR_INLINE F max(F a, F b) {
+#if defined(__AVX512F__)
+  a.v[0] = (NativeF)_mm512_max_ps((__m512)a.v[0], (__m512)b.v[0]);
+#else
   OSCAR_EACH a.v[k] = a.v[k] > b.v[k] ? a.v[k] : b.v[k];
+#endif
   return a;
 }
 OSCAR_INLINE F min(F a, F b) {
+#if defined(__AVX512F__)
+  a.v[0] = (NativeF)_mm512_min_ps((__m512)a.v[0], (__m512)b.v[0]);
+#else
   OSCAR_EACH a.v[k] = a.v[k] < b.v[k] ? a.v[k] : b.v[k];
+#endif
   return a;
 }
 OSCAR_INLINE I bits(F a) {
@@ -203,12 +218,23 @@ OSCAR_INLINE I merge_bits(I mask, I a, I b) {
 #endif
 }
 
-// ---- integer dot products ------------------------------------------------------------------
+// ---- dot products of codes and 16-bit numbers --------------------------------------------------
+// A lane has four codes of 8 bits; the four numbers that belong to them are two lanes, as `split`
+// makes them: with VNNI their high and their low bytes, since codes then need no widening, else
+// pairs of 16 bits.
+constexpr float kLargest = 32639;  // of a number: 127 * 256 + 127
+
+struct Sum {
+#if defined(__AVX512VNNI__)
+  I high, low;
+#else
+  I all;
+#endif
+};
+#if !defined(__AVX512VNNI__)
 // acc + a.lo * b.lo + a.hi * b.hi of the signed 16-bit halves of each lane.
 OSCAR_INLINE I dot16(I acc, I a, I b) {
-#if defined(__AVX512VNNI__)
-  acc.v[0] = (NativeI)_mm512_dpwssd_epi32((__m512i)acc.v[0], (__m512i)a.v[0], (__m512i)b.v[0]);
-#elif defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__)
   OSCAR_EACH acc.v[k] += (NativeI)_mm256_madd_epi16((__m256i)a.v[k], (__m256i)b.v[k]);
 #else
   OSCAR_EACH {
@@ -217,6 +243,47 @@ OSCAR_INLINE I dot16(I acc, I a, I b) {
   }
 #endif
   return acc;
+}
+#endif
+OSCAR_INLINE void dot(Sum& sum, I codes, I first, I second) {
+#if defined(__AVX512VNNI__)
+  sum.high.v[0] = (NativeI)_mm512_dpbusd_epi32((__m512i)sum.high.v[0], (__m512i)codes.v[0], (__m512i)first.v[0]);
+  sum.low.v[0] = (NativeI)_mm512_dpbusd_epi32((__m512i)sum.low.v[0], (__m512i)codes.v[0], (__m512i)second.v[0]);
+#else
+  const I mask = set_i(0x00ff00ff);
+  sum.all = dot16(dot16(sum.all, codes & mask, first), shift_right<8>(codes) & mask, second);
+#endif
+}
+OSCAR_INLINE Sum zero_sum() {
+#if defined(__AVX512VNNI__)
+  return {zero_i(), zero_i()};
+#else
+  return {zero_i()};
+#endif
+}
+OSCAR_INLINE I total(const Sum& sum) {
+#if defined(__AVX512VNNI__)
+  return shift_left<8>(sum.high) + sum.low;
+#else
+  return sum.all;
+#endif
+}
+// Numbers of the codes in bytes 0 to 3 of each lane.
+OSCAR_INLINE void split(I n0, I n1, I n2, I n3, I& first, I& second) {
+#if defined(__AVX512VNNI__)
+  // Low bytes count as signed, so a number's high byte is that of the number plus 128.
+  const I even = set_i(0x00ff00ff), half = set_i(128);
+  const I a = merge_bits(set_i(0xffff), n0, shift_left<16>(n2));
+  const I b = merge_bits(set_i(0xffff), n1, shift_left<16>(n3));
+  second = merge_bits(even, a, shift_left<8>(b));
+  n0 = n0 + half, n1 = n1 + half, n2 = n2 + half, n3 = n3 + half;
+  const I c = merge_bits(set_i(0xffff), n0, shift_left<16>(n2));
+  const I d = merge_bits(set_i(0xffff), n1, shift_left<16>(n3));
+  first = merge_bits(even, shift_right<8>(c), d);
+#else
+  first = merge_bits(set_i(0xffff), n0, shift_left<16>(n2));
+  second = merge_bits(set_i(0xffff), n1, shift_left<16>(n3));
+#endif
 }
 // Lanes 0, 2, 4, ... hold p[0], lanes 1, 3, 5, ... p[1].
 OSCAR_INLINE I broadcast_pair(const int32_t* p) {
@@ -288,14 +355,14 @@ OSCAR_INLINE I repeat_pairs(I a) {
 #endif
   return a;
 }
-// Odd lanes rotated right by one bit.
-OSCAR_INLINE I rotate_odd_lanes(I a) {
+// Odd lanes shifted right by one bit.
+OSCAR_INLINE I shift_odd_lanes(I a) {
 #if defined(__AVX512F__)
-  a.v[0] = (NativeI)_mm512_rorv_epi32((__m512i)a.v[0], _mm512_set1_epi64(1LL << 32));
+  a.v[0] = (NativeI)_mm512_srlv_epi32((__m512i)a.v[0], _mm512_set1_epi64(1LL << 32));
   return a;
 #else
   const int32_t odd[2] = {0, -1};
-  return merge_bits(broadcast_pair(odd), shift_right<1>(a) | shift_left<31>(a), a);
+  return merge_bits(broadcast_pair(odd), shift_right<1>(a), a);
 #endif
 }
 template <int BY>
@@ -361,15 +428,6 @@ OSCAR_INLINE I widen_u16(const uint16_t* p) {
   }
   return r;
 }
-OSCAR_INLINE I widen_u8(const uint8_t* p) {
-  I r;
-  OSCAR_EACH {
-    Native8 quarter;
-    memcpy(&quarter, p + k * kPartLanes, sizeof quarter);
-    r.v[k] = (NativeI)__builtin_convertvector(quarter, NativeU);
-  }
-  return r;
-}
 OSCAR_INLINE void narrow_u16(uint16_t* p, I a) {
   OSCAR_EACH {
     const Native16 half = __builtin_convertvector((NativeU)a.v[k], Native16);
@@ -411,16 +469,56 @@ OSCAR_INLINE F fp16_half(I a) {
   return load_fp16(raw + (HIGH ? 16 : 0));
 #endif
 }
-// float8_e4m3fn; its NaN reads as NaN.
-OSCAR_INLINE F load_e4m3(const uint8_t* p) {
-  const I h = widen_u8(p);
-  const I seven = h & set_i(0x7f);
-  const I magnitude = shift_left<20>(seven);
-  const F normal = as_float(magnitude + set_i(120 << 23));
-  const F subnormal = as_float(magnitude + set_i(121 << 23)) - set_f(0.015625f);
-  F positive = select(less(seven, set_i(8)), subnormal, normal);
-  positive = select(less(seven, set_i(0x7f)), positive, as_float(set_i(0x7fc00000)));
-  return as_float(bits(positive) | shift_left<24>(h & set_i(0x80)));
+// float8_e4m3fn in a byte of each lane; its NaN reads as NaN.
+template <int BYTE>
+OSCAR_INLINE F e4m3_byte(I a) {
+  // Shifting its sign along puts the exponent where fp32 has it, but for the bias.
+  I x = shift_left<24 - 8 * BYTE>(a);
+  OSCAR_EACH x.v[k] >>= 4;
+  x = x & set_i(0x87f00000);
+  const F value = as_float(x) * set_f(0x1p120f);
+  return select(less(x & set_i(0x7fffffff), set_i(0x07f00000)), value, as_float(set_i(0x7fc00000)));
+}
+// Parameters of 16 quads (page.h): quad 2k + j1 has pair 4k + j1 and pair 4k + 2 + j1. v: lower
+// channel of both pairs, upper channel of both.
+OSCAR_INLINE void load_quads_e4m3(const uint8_t* p, F (&v)[4]) {
+#if defined(__AVX512F__)
+  const __m512i index = _mm512_set_epi16(31, 29, 30, 28, 27, 25, 26, 24, 23, 21, 22, 20, 19, 17, 18, 16,
+                                         15, 13, 14, 12, 11, 9, 10, 8, 7, 5, 6, 4, 3, 1, 2, 0);
+  I x;
+  x.v[0] = (NativeI)_mm512_permutexvar_epi16(index, _mm512_loadu_si512(p));
+#else
+  uint8_t lanes[64];
+  for (int i = 0; i < 16; i++)
+    for (int which = 0; which < 2; which++)
+      memcpy(lanes + 4 * i + 2 * which, p + 8 * (i >> 1) + 4 * which + 2 * (i & 1), 2);
+  const I x = load_i(lanes);
+#endif
+  v[0] = e4m3_byte<0>(x), v[1] = e4m3_byte<2>(x), v[2] = e4m3_byte<1>(x), v[3] = e4m3_byte<3>(x);
+}
+OSCAR_INLINE void load_quads_fp16(const uint8_t* p, F (&v)[4]) {
+#if defined(__AVX512F__)
+  const __m512i index = _mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29);
+  const __m512i a = _mm512_loadu_si512(p), b = _mm512_loadu_si512(p + 64);
+  const __m512i x[2] = {_mm512_permutex2var_epi32(a, index, b),
+                        _mm512_permutex2var_epi32(a, _mm512_add_epi32(index, _mm512_set1_epi32(2)), b)};
+  _Pragma("GCC unroll 2") for (int which = 0; which < 2; which++) {
+    v[which].v[0] = (NativeF)_mm512_cvtph_ps(_mm512_cvtepi32_epi16(x[which]));
+    v[2 + which].v[0] = (NativeF)_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(x[which], 16)));
+  }
+#else
+  uint16_t lanes[4][16];
+  for (int i = 0; i < 16; i++)
+    for (int m = 0; m < 4; m++) memcpy(&lanes[m][i], p + 2 * (8 * (i >> 1) + 4 * (m & 1) + 2 * (i & 1) + (m >> 1)), 2);
+  for (int m = 0; m < 4; m++) v[m] = load_fp16(lanes[m]);
+#endif
+}
+// A single float8_e4m3fn.
+OSCAR_INLINE float from_e4m3(uint8_t x) {
+  int32_t lanes[kLanes] = {x};
+  float out[kLanes];
+  store(out, e4m3_byte<0>(load_i(lanes)));
+  return out[0];
 }
 
 // Sixteen lanes to bf16 or fp16, ties to even, as scalars do.
@@ -476,16 +574,6 @@ OSCAR_INLINE float sum(F a) {
   return lanes[0];
 #endif
 }
-OSCAR_INLINE int32_t sum(I a) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_epi32((__m512i)a.v[0]);
-#else
-  int32_t lanes[kLanes], total = 0;
-  store(lanes, a);
-  for (int i = 0; i < kLanes; i++) total += lanes[i];
-  return total;
-#endif
-}
 OSCAR_INLINE float largest(F a) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)a.v[0]);
@@ -496,6 +584,34 @@ OSCAR_INLINE float largest(F a) {
     for (int i = 0; i < width; i++) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
   return lanes[0];
 #endif
+}
+
+// Of four vectors at once, since each alone is a chain of dependent shuffles.
+template <bool LARGEST>
+OSCAR_INLINE void reduce4(F a, F b, F c, F d, float* out) {
+#if defined(__AVX512F__)
+  const auto join = [](__m512i x, __m512i y) {
+    return (__m512i)(LARGEST ? _mm512_max_ps((__m512)x, (__m512)y) : _mm512_add_ps((__m512)x, (__m512)y));
+  };
+  const __m512i va = (__m512i)a.v[0], vb = (__m512i)b.v[0], vc = (__m512i)c.v[0], vd = (__m512i)d.v[0];
+  const __m512i ab = join(_mm512_unpacklo_epi32(va, vb), _mm512_unpackhi_epi32(va, vb));
+  const __m512i cd = join(_mm512_unpacklo_epi32(vc, vd), _mm512_unpackhi_epi32(vc, vd));
+  __m512i all = join(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  all = join(all, _mm512_shuffle_i64x2(all, all, 0x4e));
+  all = join(all, _mm512_shuffle_i64x2(all, all, 0xb1));
+  _mm_storeu_ps(out, (__m128)_mm512_castsi512_si128(all));
+#else
+  out[0] = LARGEST ? largest(a) : sum(a);
+  out[1] = LARGEST ? largest(b) : sum(b);
+  out[2] = LARGEST ? largest(c) : sum(c);
+  out[3] = LARGEST ? largest(d) : sum(d);
+#endif
+}
+// Sums, or largest lanes, of `count` vectors; `out` has room for a multiple of four.
+template <bool LARGEST>
+OSCAR_INLINE void reduce(const F* v, int count, float* out) {
+  for (int i = 0; i < count; i += 4)
+    reduce4<LARGEST>(v[i], v[min_of(i + 1, count - 1)], v[min_of(i + 2, count - 1)], v[min_of(i + 3, count - 1)], out + i);
 }
 
 // rows[i][j] becomes rows[j][i].
@@ -533,22 +649,17 @@ OSCAR_INLINE void transpose16(I rows[16]) {
 #endif
 }
 
-// e^x for x <= 0, relative error below 2e-7; 0 below -87, NaN stays NaN.
-OSCAR_INLINE F exp_nonpositive(F x) {
-  const F log2e = set_f(1.44269504088896341f);
-  const F n = round_even(max(set_f(-126.0f), x * log2e));
-  F r = fma(n, set_f(-0.693359375f), x);
-  r = fma(n, set_f(2.12194440e-4f), r);
-  F p = set_f(1.9875691500e-4f);
-  p = fma(p, r, set_f(1.3981999507e-3f));
-  p = fma(p, r, set_f(8.3334519073e-3f));
-  p = fma(p, r, set_f(4.1665795894e-2f));
-  p = fma(p, r, set_f(1.6666665459e-1f));
-  p = fma(p, r, set_f(5.0000001201e-1f));
-  p = fma(p, r * r, r) + set_f(1.0f);
-  const F power = as_float(shift_left<23>(to_int(n) + set_i(127)));
-  const F small = set_f(-87.0f);
-  return select(greater(small, x), zero_f(), p * power);
+// 2^x for x <= 0, relative error below 3e-6; 0 below -125, NaN stays NaN.
+OSCAR_INLINE F exp2_nonpositive(F x) {
+  const F least = set_f(-125.0f), magic = set_f(12582912.0f);  // the sum's low bits are the integer
+  const F clamped = max(least, x), shifted = clamped + magic;
+  const F r = clamped - (shifted - magic);
+  F p = set_f(9.5828471260e-3f);
+  p = fma(p, r, set_f(5.5906423883e-2f));
+  p = fma(p, r, set_f(2.4024098747e-1f));
+  p = fma(p, r, set_f(6.9312419361e-1f));
+  p = fma(p, r, set_f(1.0f));
+  return select(greater(least, x), zero_f(), as_float(bits(p) + shift_left<23>(bits(shifted))));
 }
 
 }  // namespace

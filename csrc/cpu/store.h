@@ -37,10 +37,7 @@ inline Param round_param(float x, int bytes) {
     return {h, from_fp16(h)};
   }
   const uint8_t b = to_e4m3(clamp(x, 448.0f));
-  float lanes[kLanes];
-  uint8_t raw[kLanes] = {b};
-  store(lanes, load_e4m3(raw));
-  return {b, lanes[0]};
+  return {b, from_e4m3(b)};
 }
 
 inline void affine_params(float low, float high, int levels, float clip, bool integer_zero, int bytes, Param& scale,
