@@ -27,14 +27,14 @@ TOKENIZER = ROOT / "examples" / "demo_model"
 IDENTITY = methods.Method("identity", "test", lambda key, value, first: (key, value), lambda dim: 4.0 * dim)
 
 
-def tiny_model(attn: str) -> torch.nn.Module:
+def tiny_model(attn: str, layout: str = "Llama") -> torch.nn.Module:
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
+    config = getattr(transformers, f"{layout}Config")(
         vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=64, max_position_embeddings=1024, attn_implementation=attn,
-        initializer_range=0.2,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+        initializer_range=0.2, **({"sliding_window": None} if layout == "Mistral" else {}),
+    )  # fmt: skip
+    return getattr(transformers, f"{layout}ForCausalLM")(config).eval()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,10 +57,15 @@ def tokens() -> torch.Tensor:
     return torch.randint(0, 97, (2, 600), generator=torch.Generator().manual_seed(1))
 
 
-def test_exact_attention_is_the_model(lab, tokens):
+@pytest.mark.parametrize("layout", ["Llama", "Qwen3", "Mistral"])
+def test_exact_attention_is_the_model(layout, tokens):
+    attention.register()
+    lab = measures.Lab(layout, tiny_model(attention.NAME, layout), None, "cpu")
     with torch.no_grad():
-        expected = tiny_model("eager").model(input_ids=tokens, use_cache=False).last_hidden_state
+        expected = tiny_model("eager", layout).model(input_ids=tokens, use_cache=False).last_hidden_state
     torch.testing.assert_close(lab.hidden(tokens, None), expected, atol=2e-4, rtol=2e-4)
+    quantized = lab.hidden(tokens, methods.registry()["oscar_paper"])  # the patched attention is what ran
+    assert (quantized - expected).norm() > 1e-3 * expected.norm()
 
 
 def test_a_method_without_loss_has_no_divergence(lab, tokens):
