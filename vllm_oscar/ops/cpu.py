@@ -2,13 +2,15 @@
 """The cache operations in native CPU code: :mod:`vllm_oscar.ops.reference` has the definition.
 
 The library (``csrc/cpu``) has a plain C ABI. This file is the only one that checks
-arguments: once per call, here, since the other side trusts every pointer it is given.
+arguments, since the other side trusts every pointer it is given: once for every combination
+of shapes, because a decode step has no time for more.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import struct
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
@@ -131,57 +133,86 @@ def _require(condition: bool, message: str) -> None:
 
 def _set_tokens(args: _Args, name: str, x: torch.Tensor, like: torch.Tensor, heads: int, dim: int) -> None:
     _require(
-        x.device.type == "cpu" and x.dtype == like.dtype and x.dim() == 3 and x.shape[1:] == (heads, dim),
+        x.is_cpu and x.dtype == like.dtype and x.dim() == 3 and x.shape[1:] == (heads, dim),
         f"{name} must be a CPU tensor [tokens, {heads}, {dim}] of {like.dtype}, not {tuple(x.shape)} of {x.dtype}",
     )
     _require(x.shape[0] >= like.shape[0], f"{name} has {x.shape[0]} tokens, key has {like.shape[0]}")
     _require(x.stride(2) == 1, f"the last dimension of {name} must be contiguous")
-    setattr(args, name, x.data_ptr())
     setattr(args, f"{name}_token", x.stride(0))
     setattr(args, f"{name}_head", x.stride(1))
 
 
 def _set_blocks(args: _Args, name: str, prefix: str, x: torch.Tensor, heads: int, fmt: PageFormat) -> None:
     _require(
-        x.dtype == torch.uint8 and x.dim() == 3 and x.shape[1] == heads and x.shape[2] == fmt.page_bytes,
-        f"{name} must be uint8 [blocks, {heads}, {fmt.page_bytes}], not {tuple(x.shape)} of {x.dtype}",
+        x.is_cpu and x.dtype == torch.uint8 and x.dim() == 3 and x.shape[1:] == (heads, fmt.page_bytes),
+        f"{name} must be uint8 [blocks, {heads}, {fmt.page_bytes}] on the CPU, not {tuple(x.shape)} of {x.dtype}",
     )
     _require(x.stride(2) == 1, f"the last dimension of {name} must be contiguous")
-    setattr(args, name, x.data_ptr())
     setattr(args, f"{prefix}_stride", x.stride(0))
     setattr(args, f"{prefix}_head", x.stride(1))
 
 
 def _set_ints(args: _Args, name: str, x: torch.Tensor, shape: tuple[int, ...]) -> None:
     _require(
-        x.dtype == torch.int32 and x.dim() == len(shape) and all(n >= m for n, m in zip(x.shape, shape)),
-        f"{name} must be int32 of at least {shape}, not {tuple(x.shape)} of {x.dtype}",
+        x.is_cpu and x.dtype == torch.int32 and x.dim() == len(shape) and all(n >= m for n, m in zip(x.shape, shape)),
+        f"{name} must be int32 of at least {shape} on the CPU, not {tuple(x.shape)} of {x.dtype}",
     )
     _require(x.stride(-1) == 1 or x.shape[-1] <= 1, f"{name} must be contiguous")
-    setattr(args, name, x.data_ptr())
     if len(shape) == 2:
         setattr(args, f"{name}_row", x.stride(0))
 
 
-def _arguments(key, value, ring, ring_table, query_start_loc, seq_lens, ring_pages: int, fmt: PageFormat) -> _Args:
-    """What all three operations share."""
+# The tensors of a call in the order of their addresses in OscarArgs.
+_TENSORS = (
+    *("query", "key", "value", "out", "pages", "ring"),
+    *("block_table", "ring_table", "query_start_loc", "seq_lens", "ring_start"),
+)
+_POINTERS = struct.Struct(f"{len(_TENSORS)}P")
+
+
+def _checked(tensors: tuple, ring_pages: int, scale: float, fmt: PageFormat) -> _Args:
+    """Everything but the addresses; an operation leaves out the tensors that it does not need."""
+    given = dict(zip(_TENSORS, tensors))
+    key, ring, seq_lens = given["key"], given["ring"], given["seq_lens"]
     _require(key.dtype in _DTYPES, f"the CPU kernels need fp32, bf16 or fp16 models, not {key.dtype}")
     requests, heads = seq_lens.shape[0], key.shape[1]
     args = _Args(**_layout(fmt))
-    args.dtype, args.requests, args.heads = _DTYPES[key.dtype], requests, heads
+    args.dtype, args.requests, args.heads, args.scale = _DTYPES[key.dtype], requests, heads, scale
     args.ring_pages, args.ring_tokens = ring_pages, fmt.ring_tokens_per_page(key.dtype.itemsize)
     args.threads, args.isa = torch.get_num_threads(), _isa()
     _require(ring_pages >= 1, "ring_pages must be positive")
     _set_tokens(args, "key", key, key, heads, fmt.head_dim)
-    _set_tokens(args, "value", value, key, heads, fmt.head_dim)
+    _set_tokens(args, "value", given["value"], key, heads, fmt.head_dim)
     _set_blocks(args, "ring", "ring", ring, heads, fmt)
-    _set_ints(args, "ring_table", ring_table, (requests, ring_pages))
-    _set_ints(args, "query_start_loc", query_start_loc, (requests + 1,))
+    _set_ints(args, "ring_table", given["ring_table"], (requests, ring_pages))
+    _set_ints(args, "query_start_loc", given["query_start_loc"], (requests + 1,))
     _set_ints(args, "seq_lens", seq_lens, (requests,))
+    if given["pages"] is not None:
+        _set_blocks(args, "pages", "page", given["pages"], heads, fmt)
+        _set_ints(args, "block_table", given["block_table"], (requests, 0))
+    if (query := given["query"]) is not None:
+        args.query_heads = query_heads = query.shape[1]
+        _require(query_heads % heads == 0, f"{query_heads} query heads are not a multiple of {heads} KV heads")
+        _set_tokens(args, "query", query, key, query_heads, fmt.head_dim)
+        _set_tokens(args, "out", given["out"], key, query_heads, fmt.head_dim)
+        _set_ints(args, "ring_start", given["ring_start"], (requests,))
     return args
 
 
-def _call(function: str, args: _Args) -> None:
+_CHECKED: dict[tuple, tuple[_Args, PageFormat]] = {}
+
+
+def _call(function: str, tensors: tuple, ring_pages: int, scale: float, fmt: PageFormat) -> None:
+    shapes = tuple([x if x is None else (x.shape, x.stride(), x.dtype, x.is_cpu) for x in tensors])
+    choice = (torch.get_num_threads(), os.environ.get("OSCAR_CPU_ISA"))
+    case = (shapes, ring_pages, scale, id(fmt), choice)
+    if case not in _CHECKED:
+        if len(_CHECKED) > 4096:
+            _CHECKED.clear()
+        # With the format itself, so that its id stays its own.
+        _CHECKED[case] = _checked(tensors, ring_pages, scale, fmt), fmt
+    args = _Args.from_buffer_copy(_CHECKED[case][0])
+    _POINTERS.pack_into(args, _Args.query.offset, *[0 if x is None else x.data_ptr() for x in tensors])
     if getattr(_library(), function)(ctypes.byref(args)):
         raise MemoryError(f"{function}: no memory for scratch")
 
@@ -201,10 +232,8 @@ def store_pages(
     max_query_len: int | None = None,
 ) -> None:
     """Quantize every block that becomes full in this step, from ring and new tokens."""
-    args = _arguments(key, value, ring, ring_table, query_start_loc, seq_lens, ring_pages, fmt)
-    _set_blocks(args, "pages", "page", pages, key.shape[1], fmt)
-    _set_ints(args, "block_table", block_table, (seq_lens.shape[0], 0))
-    _call("oscar_cpu_store_pages", args)
+    tensors = (None, key, value, None, pages, ring, block_table, ring_table, query_start_loc, seq_lens, None)
+    _call("oscar_cpu_store_pages", tensors, ring_pages, 0.0, fmt)
 
 
 def attention(
@@ -225,16 +254,8 @@ def attention(
     max_query_len: int | None = None,
 ) -> None:
     """Causal attention of the step's tokens; writes ``out [T, Hq, D]``."""
-    args = _arguments(key, value, ring, ring_table, query_start_loc, seq_lens, ring_pages, fmt)
-    heads, query_heads = key.shape[1], query.shape[1]
-    _require(query_heads % heads == 0, f"{query_heads} query heads are not a multiple of {heads} KV heads")
-    args.query_heads, args.scale = query_heads, scale
-    _set_tokens(args, "query", query, key, query_heads, fmt.head_dim)
-    _set_tokens(args, "out", out, key, query_heads, fmt.head_dim)
-    _set_blocks(args, "pages", "page", pages, heads, fmt)
-    _set_ints(args, "block_table", block_table, (seq_lens.shape[0], 0))
-    _set_ints(args, "ring_start", ring_start, (seq_lens.shape[0],))
-    _call("oscar_cpu_attention", args)
+    tables = (block_table, ring_table, query_start_loc, seq_lens, ring_start)
+    _call("oscar_cpu_attention", (query, key, value, out, pages, ring, *tables), ring_pages, scale, fmt)
 
 
 def write_ring(
@@ -249,5 +270,5 @@ def write_ring(
     max_query_len: int | None = None,
 ) -> None:
     """Write the newest tokens of each request, at most the ring's capacity."""
-    args = _arguments(key, value, ring, ring_table, query_start_loc, seq_lens, ring_pages, fmt)
-    _call("oscar_cpu_write_ring", args)
+    tensors = (None, key, value, None, None, ring, None, ring_table, query_start_loc, seq_lens, None)
+    _call("oscar_cpu_write_ring", tensors, ring_pages, 0.0, fmt)
