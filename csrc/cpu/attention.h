@@ -203,7 +203,7 @@ class Attention {
     float* rotated = thread_scratch.take<float>(item.rows * s.dim);
     DecodeState d = take_decode(thread_scratch, s, item.rows);
     load_queries(item, q, plain);
-    multiply(plain, s.dim, a.hadamard, s.dim, rotated, s.dim, item.rows, s.dim, s.dim, false);
+    rotate(plain, a.hadamard, s.dim, item.rows, rotated);
     begin_decode(d, s, rotated);
     if (a.key_bits == 2) decode<2>(item, q, d);
     else if (a.key_bits == 3) decode<3>(item, q, d);
@@ -212,7 +212,8 @@ class Attention {
     put_partial(item, rotated, d.maximum, d.total);
   }
 
-  // Ring and in-flight tokens that the rows of `item` may see.
+  // Ring and in-flight tokens that the rows of `item` may see. Staged in `keys` and `values`, or, for
+  // few rows, read where they are.
   void attend_exact(const Item& item, const Request& q, const DenseState& d, const float* query, float* keys,
                     float* values) const {
     const int held = q.context - q.ring_start;
@@ -231,22 +232,24 @@ class Attention {
           value[i] = offset(a.value, token * a.value_token + item.head * a.value_head, a.dtype);
         }
       }
+      const auto visible = [&](int row) { return min_of(count, held + (item.row0 + row) / group + 1 - begin); };
+      if (!keys) {
+        token_tile(d, s, query, key, value, count, visible);
+        continue;
+      }
       stage_keys(key, count, a.dtype, s.dim, keys);
       stage_values(value, count, a.dtype, s.dim, values);
-      dense_tile(d, s, query, keys, values, count,
-                 [&](int row) { return min_of(count, held + (item.row0 + row) / group + 1 - begin); });
+      dense_tile(d, s, query, keys, values, count, visible);
     }
   }
 
   void exact_part(const Item& item) {
     const Request q(a, item.request);
     float* query = thread_scratch.take<float>(item.rows * s.dim);
-    float* keys = thread_scratch.take<float>(kTile * s.dim);
-    float* values = thread_scratch.take<float>(kTile * s.dim);
     DenseState d = take_dense(thread_scratch, s, item.rows);
     begin_dense(d, s);
     load_queries(item, q, query);
-    attend_exact(item, q, d, query, keys, values);
+    attend_exact(item, q, d, query, nullptr, nullptr);
     put_partial(item, d.output, d.maximum, d.total);
   }
 
@@ -261,22 +264,23 @@ class Attention {
     }
   }
 
-  // Many rows: dequantize each page once for all of them.
+  // Many rows, or no pages: dequantize each page once for all rows.
   void everything(const Item& item) {
     const Request q(a, item.request);
     float* query = thread_scratch.take<float>(item.rows * s.dim);
     float* other = thread_scratch.take<float>(item.rows * s.dim);
-    float* keys = thread_scratch.take<float>(kTile * s.dim);
-    float* values = thread_scratch.take<float>(kTile * s.dim);
+    const bool staged = q.pages || item.rows > kMaxRows;
+    float* keys = staged ? thread_scratch.take<float>(kTile * s.dim) : nullptr;
+    float* values = staged ? thread_scratch.take<float>(kTile * s.dim) : nullptr;
     DenseState d = take_dense(thread_scratch, s, item.rows);
     begin_dense(d, s);
     load_queries(item, q, query);
     if (q.pages) {
-      multiply(query, s.dim, a.hadamard, s.dim, other, s.dim, item.rows, s.dim, s.dim, false);
+      rotate(query, a.hadamard, s.dim, item.rows, other);
       if (a.key_bits == 2) dense_pages<2>(item, q, d, other, keys, values);
       else if (a.key_bits == 3) dense_pages<3>(item, q, d, other, keys, values);
       else dense_pages<4>(item, q, d, other, keys, values);
-      multiply(d.output, s.dim, a.hadamard_t, s.dim, other, s.dim, item.rows, s.dim, s.dim, false);
+      rotate(d.output, a.hadamard_t, s.dim, item.rows, other);
       memcpy(d.output, other, 4 * item.rows * s.dim);
     }
     attend_exact(item, q, d, query, keys, values);
@@ -317,7 +321,7 @@ class Attention {
       }
       totals[row] = total;
     }
-    multiply(rotated, s.dim, a.hadamard_t, s.dim, plain, s.dim, item.rows, s.dim, s.dim, false);
+    rotate(rotated, a.hadamard_t, s.dim, item.rows, plain);
     for (int row = 0; row < item.rows; row++) {
       const float* p = partial(item, row, last);
       for (int i = 0; i < s.dim; i++) plain[row * s.dim + i] += last_weight[row] * p[i];

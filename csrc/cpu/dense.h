@@ -55,6 +55,32 @@ inline void multiply(const float* a, int lda, const float* b, int ldb, float* c,
   for (; j < columns; j += 16) multiply_columns<1>(a, lda, b + j, ldb, c + j, ldc, rows, depth, add);
 }
 
+// Rows times a Hadamard matrix or its transpose. Of order two to some power it is Sylvester's
+// (hadamard.py): butterflies, and a factor.
+template <int VECTORS>
+inline void rotate_sylvester(const float* in, float factor, int rows, float* out) {
+  for (int row = 0; row < rows; row++, in += 16 * VECTORS, out += 16 * VECTORS) {
+    F v[VECTORS];
+    _Pragma("GCC unroll 16") for (int i = 0; i < VECTORS; i++)
+      v[i] = butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(load_f(in + 16 * i)))));
+    _Pragma("GCC unroll 4") for (int by = 1; by < VECTORS; by *= 2)
+      _Pragma("GCC unroll 16") for (int i = 0; i < VECTORS; i++)
+        if (!(i & by)) {
+          const F a = v[i], b = v[i + by];
+          v[i] = a + b, v[i + by] = a - b;
+        }
+    _Pragma("GCC unroll 16") for (int i = 0; i < VECTORS; i++) store(out + 16 * i, v[i] * set_f(factor));
+  }
+}
+inline void rotate(const float* in, const float* matrix, int dim, int rows, float* out) {
+  switch (dim) {
+    case 64: return rotate_sylvester<4>(in, matrix[0], rows, out);
+    case 128: return rotate_sylvester<8>(in, matrix[0], rows, out);
+    case 256: return rotate_sylvester<16>(in, matrix[0], rows, out);
+  }
+  multiply(in, dim, matrix, dim, out, dim, rows, dim, dim, false);
+}
+
 // ---- model tokens -------------------------------------------------------------------------------------
 OSCAR_INLINE F load_model(const void* p, int dtype) {
   if (dtype == OSCAR_BF16) return load_bf16(static_cast<const uint16_t*>(p));
@@ -124,12 +150,11 @@ inline void begin_dense(DenseState& d, const Shape& s) {
   for (int row = 0; row < d.rows; row++) d.maximum[row] = -__builtin_inff(), d.total[row] = 0;
 }
 
-// One tile. Row r reads tokens 0 .. visible(r) - 1 of it, `count` at most; query: [row][dim], scaled.
+// Scores of a tile to probabilities relative to the running maximum. Row r reads tokens 0 ..
+// visible(r) - 1 of `count`.
 template <class Visible>
-inline void dense_tile(const DenseState& d, const Shape& s, const float* query, const float* keys, const float* values,
-                       int count, Visible visible) {
+inline void soften(const DenseState& d, const Shape& s, int count, Visible visible) {
   const int padded = (count + 15) / 16 * 16;
-  multiply(query, s.dim, keys, kTile, d.scores, kTile, d.rows, padded, s.dim, false);
   const I index = lane_index();
   const F none = set_f(-__builtin_inff());
   for (int row = 0; row < d.rows; row++) {
@@ -161,7 +186,92 @@ inline void dense_tile(const DenseState& d, const Shape& s, const float* query, 
     d.maximum[row] = top;
     d.total[row] += sum(sums);
   }
+}
+
+// One tile, [dim][kTile] and [kTile][dim]; query: [row][dim], scaled.
+template <class Visible>
+inline void dense_tile(const DenseState& d, const Shape& s, const float* query, const float* keys, const float* values,
+                       int count, Visible visible) {
+  multiply(query, s.dim, keys, kTile, d.scores, kTile, d.rows, (count + 15) / 16 * 16, s.dim, false);
+  soften(d, s, count, visible);
   multiply(d.scores, kTile, values, s.dim, d.output, s.dim, d.rows, s.dim, count, true);
+}
+
+// ---- few rows: tokens are read where they are -----------------------------------------------------------
+template <int DTYPE, int ROWS>
+inline void token_scores(const float* query, int dim, const void* const* keys, int count, float* scores) {
+  for (int t = 0; t < count; t += 4) {
+    F sums[ROWS][4];
+    _Pragma("GCC unroll 4") for (int row = 0; row < ROWS; row++)
+      _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) sums[row][i] = zero_f();
+    const char* key[4];
+    for (int i = 0; i < 4; i++) key[i] = static_cast<const char*>(keys[min_of(t + i, count - 1)]);
+    for (int c = 0; c < dim; c += 16) {
+      F k[4];
+      _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) k[i] = load_model(key[i] + c * item_bytes(DTYPE), DTYPE);
+      _Pragma("GCC unroll 4") for (int row = 0; row < ROWS; row++) {
+        const F q = load_f(query + row * dim + c);
+        _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) sums[row][i] = fma(q, k[i], sums[row][i]);
+      }
+    }
+    _Pragma("GCC unroll 4") for (int row = 0; row < ROWS; row++)
+      reduce4<false>(sums[row][0], sums[row][1], sums[row][2], sums[row][3], scores + row * kTile + t);
+  }
+}
+
+template <int DTYPE, int ROWS, int VECTORS>
+inline void token_values(const float* scores, const void* const* values, int count, int dim, int channel, float* out) {
+  F sums[ROWS][VECTORS];
+  _Pragma("GCC unroll 4") for (int row = 0; row < ROWS; row++)
+    _Pragma("GCC unroll 4") for (int j = 0; j < VECTORS; j++) sums[row][j] = load_f(out + row * dim + channel + 16 * j);
+  for (int t = 0; t < count; t++) {
+    const char* value = static_cast<const char*>(values[t]) + channel * item_bytes(DTYPE);
+    F v[VECTORS];
+    _Pragma("GCC unroll 4") for (int j = 0; j < VECTORS; j++)
+      v[j] = load_model(value + 16 * j * item_bytes(DTYPE), DTYPE);
+    _Pragma("GCC unroll 4") for (int row = 0; row < ROWS; row++) {
+      const F p = set_f(scores[row * kTile + t]);
+      _Pragma("GCC unroll 4") for (int j = 0; j < VECTORS; j++) sums[row][j] = fma(p, v[j], sums[row][j]);
+    }
+  }
+  _Pragma("GCC unroll 4") for (int row = 0; row < ROWS; row++)
+    _Pragma("GCC unroll 4") for (int j = 0; j < VECTORS; j++) store(out + row * dim + channel + 16 * j, sums[row][j]);
+}
+
+template <int DTYPE, int ROWS>
+inline void token_rows(const float* query, const void* const* tokens, int count, int dim, float* scores, float* out) {
+  if (query) return token_scores<DTYPE, ROWS>(query, dim, tokens, count, scores);
+  int c = 0;
+  for (; c + 16 * kTileVectors <= dim; c += 16 * kTileVectors)
+    token_values<DTYPE, ROWS, kTileVectors>(scores, tokens, count, dim, c, out);
+  for (; c < dim; c += 16) token_values<DTYPE, ROWS, 1>(scores, tokens, count, dim, c, out);
+}
+
+// Scores of tokens that are keys, or, without a query, the sum of tokens that are values.
+template <int DTYPE>
+inline void token_products(const DenseState& d, int dim, const float* query, const void* const* tokens, int count) {
+  constexpr int kRows = kParts == 1 ? 4 : 2;
+  for (int row = 0; row < d.rows; row += kRows) {
+    const float* q = query ? query + row * dim : nullptr;
+    float *scores = d.scores + row * kTile, *out = d.output + row * dim;
+    switch (min_of(kRows, d.rows - row)) {
+      case 4: token_rows<DTYPE, 4>(q, tokens, count, dim, scores, out); break;
+      case 3: token_rows<DTYPE, 3>(q, tokens, count, dim, scores, out); break;
+      case 2: token_rows<DTYPE, 2>(q, tokens, count, dim, scores, out); break;
+      case 1: token_rows<DTYPE, 1>(q, tokens, count, dim, scores, out); break;
+    }
+  }
+}
+
+template <class Visible>
+inline void token_tile(const DenseState& d, const Shape& s, const float* query, const void* const* keys,
+                       const void* const* values, int count, Visible visible) {
+  const auto product = s.args.dtype == OSCAR_BF16   ? token_products<OSCAR_BF16>
+                       : s.args.dtype == OSCAR_FP16 ? token_products<OSCAR_FP16>
+                                                    : token_products<OSCAR_FP32>;
+  product(d, s.dim, query, keys, count);
+  soften(d, s, count, visible);
+  product(d, s.dim, nullptr, values, count);
 }
 
 }  // namespace

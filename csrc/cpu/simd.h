@@ -649,6 +649,26 @@ OSCAR_INLINE void transpose16(I rows[16]) {
 #endif
 }
 
+// Sums and differences of lanes BY apart: one step of a Hadamard transform.
+template <int BY>
+OSCAR_INLINE F butterfly(F a) {
+#if defined(__AVX512F__)
+  const __m512 x = (__m512)a.v[0];
+  const __m512 other = BY == 1   ? _mm512_permute_ps(x, 0xb1)
+                       : BY == 2 ? _mm512_permute_ps(x, 0x4e)
+                       : BY == 4 ? _mm512_shuffle_f32x4(x, x, 0xb1)
+                                 : _mm512_shuffle_f32x4(x, x, 0x4e);
+  const __mmask16 upper = BY == 1 ? 0xaaaa : BY == 2 ? 0xcccc : BY == 4 ? 0xf0f0 : 0xff00;
+  a.v[0] = (NativeF)_mm512_mask_sub_ps(_mm512_add_ps(x, other), upper, other, x);
+  return a;
+#else
+  float from[kLanes], to[kLanes];
+  store(from, a);
+  for (int i = 0; i < kLanes; i++) to[i] = i & BY ? from[i ^ BY] - from[i] : from[i] + from[i ^ BY];
+  return load_f(to);
+#endif
+}
+
 // 2^x for x <= 0, relative error below 3e-6; 0 below -125, NaN stays NaN.
 OSCAR_INLINE F exp2_nonpositive(F x) {
   const F least = set_f(-125.0f), magic = set_f(12582912.0f);  // the sum's low bits are the integer

@@ -132,7 +132,7 @@ class Store {
 
   void load_rotated(const Request& q, const Block& block, int head, bool value, float* plain, float* rotated) const {
     for (int i = 0; i < kPage; i++) load_token(token(q, block, i, head, value), a.dtype, s.dim, plain + i * s.dim);
-    multiply(plain, s.dim, a.hadamard, s.dim, rotated, s.dim, kPage, s.dim, s.dim, false);
+    rotate(plain, a.hadamard, s.dim, kPage, rotated);
   }
 
   static float squares(const float* x, int dim) {
