@@ -23,6 +23,7 @@ from pathlib import Path
 # A symbol is a function, a class, a method "Class.method" or a module variable.
 ALWAYS = [
     # compat.py
+    ("envs.py", "environment_variables", []),
     ("config/cache.py", "CacheConfig", ["block_size", "cache_dtype", "kv_cache_dtype_skip_layers"]),
     ("v1/attention/selector.py", "AttentionSelectorConfig", ["head_size", "dtype", "kv_cache_dtype", "block_size"]),
     ("v1/attention/backends/registry.py", "AttentionBackendEnum.CUSTOM", []),

@@ -207,6 +207,14 @@ def test_an_unknown_codec(refusal, monkeypatch, codec):
     assert f"VLLM_OSCAR_CODEC='{codec}' is unknown; use 'oscar' or 'lossless', or unset it" in refusal()
 
 
+def test_our_variables_pass_vllms_validation(refusal, monkeypatch):
+    monkeypatch.setenv("VLLM_OSCAR_CODEC", "lossless")
+    monkeypatch.setenv("VLLM_OSCAR_KERNELS", "reference")
+    assert refusal.create(fail_on_environ_validation=True)
+    monkeypatch.setenv("VLLM_OSCAR_CODECS", "lossless")
+    assert "VLLM_OSCAR_CODECS" in refusal(fail_on_environ_validation=True)
+
+
 @pytest.mark.parametrize("version", ["0.28.1", "0.34.0", "1.0.0"])
 def test_an_unsupported_vllm_is_named_and_left_alone(monkeypatch, caplog, version):
     import vllm

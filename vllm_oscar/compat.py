@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from typing import Literal, get_args
 
 import torch
 
+from vllm_oscar import envs
 from vllm_oscar.config import PRESETS
 
 MIN_VLLM = (0, 29)
@@ -45,6 +47,7 @@ def unsupported_version() -> str | None:
 
 def apply() -> None:
     """Apply every patch to the vLLM of this process."""
+    register_environment()
     register_dtypes()
     register_backends()
     register_tail_spec()
@@ -63,6 +66,14 @@ def _wrap_once(owner: type, name: str, wrapper) -> None:
     wrapped = functools.wraps(function)(wrapper(function))
     wrapped._oscar = True
     setattr(owner, name, classmethod(wrapped) if is_classmethod else wrapped)
+
+
+def register_environment() -> None:
+    """Make our variables known to vLLM, which warns of others that begin with ``VLLM_``, or refuses them."""
+    from vllm import envs as known
+
+    for name in envs.NAMES:
+        known.environment_variables.setdefault(name, functools.partial(os.environ.get, name))
 
 
 def register_dtypes() -> None:

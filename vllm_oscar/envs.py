@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 
+NAMES = ("VLLM_OSCAR_CODEC", "VLLM_OSCAR_KERNELS")
 KERNELS = ("cuda", "triton", "cpu", "reference")
 
 
