@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import kernel_baselines as baselines
 from benchmarks.kernel_cases import Case, make_case, relative_error
 from vllm_oscar import reference
 from vllm_oscar.config import PAGE_TOKENS, PRESETS
@@ -136,29 +137,37 @@ def attention_launch(ops, case: Case, **options):
     )  # fmt: skip
 
 
-def flash_us(batch: int, context: int, heads: int, group: int, dim: int) -> tuple[float, float]:
-    """FlashAttention-3 on a paged bf16 cache of the same shape: best time over split counts, bytes."""
-    from vllm.vllm_flash_attn import flash_attn_varlen_func
-
-    per_sequence = -(-context // PAGE_TOKENS)
-    nbytes = batch * context * heads * dim * 4
-    sets = min(8, max(1, -(-int(ROTATED_BYTES) // nbytes)))
-    blocks = sets * batch * per_sequence
-    cache = torch.empty(2, blocks, PAGE_TOKENS, heads, dim, dtype=torch.bfloat16, device="cuda").normal_()
-    table = torch.randperm(blocks, device="cuda").int().view(sets, batch, per_sequence)
-    query = torch.randn(batch, heads * group, dim, dtype=torch.bfloat16, device="cuda")
-    starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
-    lens = torch.full((batch,), context, dtype=torch.int32, device="cuda")
-    out = torch.empty_like(query)
-
-    def launch(i: int, splits: int):
-        return lambda: flash_attn_varlen_func(
-            query, cache[0], cache[1], 1, starts, context, seqused_k=lens, block_table=table[i], causal=True,
-            out=out, fa_version=3, num_splits=splits,
-        )  # fmt: skip
-
+def flash_us(*shape: int) -> tuple[float, int]:
+    """FlashAttention-3 in bf16 at the best of several split counts: time, bytes."""
+    batch, _, heads, *_ = shape
     options = [0] + ([16, 32] if batch * heads < 132 else [])
-    return min(time_us([launch(i, splits) for i in range(sets)]) for splits in options), nbytes
+    runs = (baselines.flash_attention_3(*shape, ROTATED_BYTES, splits) for splits in options)
+    return min((time_us(launches), nbytes) for launches, nbytes in runs)
+
+
+def draw(records: list[dict], path: Path) -> None:
+    """Times as fast as the best bf16 kernel, over context, a line per kernel, preset, model and batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for r in records:
+        if r.get("ratio_to_best_bf16"):
+            label = " ".join(filter(None, (r["kernel"], r.get("preset"), r["model"], f"batch {r['batch']}")))
+            lines.setdefault(label, []).append((r["context"], r["ratio_to_best_bf16"]))
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for label, points in lines.items():
+        axes.plot(*zip(*sorted(points)), marker="o", label=label)
+    axes.axhline(1.0, color="grey", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("context (tokens)")
+    axes.set_ylabel("times as fast as the best bf16 kernel")
+    axes.set_title(records[0]["device"])
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
 
 
 # ---- the runs -----------------------------------------------------------------------
@@ -216,6 +225,39 @@ def time_store(fmt: PageFormat, dtype) -> list[dict]:
     return rows
 
 
+class Results:
+    """The records of a run: printed, and kept in a file after each, so that a run cut short keeps its numbers."""
+
+    def __init__(self, stamp: dict, peak: float, path: Path | None):
+        self.records: list[dict] = []
+        self.stamp, self.peak, self.path = stamp, peak, path
+
+    def add(self, **fields) -> None:
+        self.records.append(self.stamp | fields)
+        ratio = fields.get("ratio_to_best_bf16")
+        line = (
+            f"{fields['kernel']:24} {fields.get('preset') or '':12} {fields.get('model') or '':12} "
+            f"{fields.get('batch', ''):>3} x {fields.get('context', ''):>6} {fields['us']:9.1f} us "
+            + (f"{fields['gbps']:6.0f} GB/s {fields['percent_of_read_bandwidth']:5.1f} %" if "gbps" in fields else "")
+            + (f"  {ratio:5.2f}x" if ratio else "")
+        )
+        print(line, flush=True)
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.records, indent=1) + "\n")
+
+    def add_attention(self, us: float, nbytes: int, best: float | None = None, **fields) -> None:
+        """``best``: time of the best bf16 kernel on the same shape."""
+        rate = nbytes / us / 1e3
+        self.add(
+            **fields,
+            us=us,
+            gbps=rate,
+            percent_of_read_bandwidth=rate * 1e11 / self.peak,
+            ratio_to_best_bf16=best / us if best else None,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", default=["qwen3-8b"], choices=MODELS)
@@ -223,10 +265,12 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", help="BATCHxCONTEXT, e.g. 8x32768")
     parser.add_argument("--warps", nargs="*", default=["0"], help="WARPS[@LIBRARY] per block to compare")
     parser.add_argument("--flash", action="store_true", help="time FlashAttention-3 too")
+    parser.add_argument("--turboquant", action="store_true", help="time vLLM's turboquant_3bit_nc kernel too")
     parser.add_argument("--triton", action="store_true", help="check and time the Triton kernels too")
     parser.add_argument("--store", action="store_true", help="time store_pages and write_ring too")
     parser.add_argument("--commit", help="recorded; default: ask git")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="JSON")
+    parser.add_argument("--plot", type=Path, help="PNG")
     options = parser.parse_args()
 
     commit = options.commit
@@ -245,38 +289,22 @@ def main() -> None:
     wrong = check(backends, ERROR_LIMIT)
     peak = read_bandwidth()
     print(f"read bandwidth {peak / 1e12:.2f} TB/s", flush=True)
-    records = []
-
-    def record(**fields) -> None:
-        records.append(stamp | fields)
-        ratio = fields.get("ratio_to_best_bf16")
-        line = (
-            f"{fields['kernel']:24} {fields.get('preset') or '':12} {fields.get('model') or '':12} "
-            f"{fields.get('batch', ''):>3} x {fields.get('context', ''):>6} {fields['us']:9.1f} us "
-            + (f"{fields['gbps']:6.0f} GB/s {fields['percent_of_read_bandwidth']:5.1f} %" if "gbps" in fields else "")
-            + (f"  {ratio:5.2f}x" if ratio else "")
-        )
-        print(line, flush=True)
-        if options.output:  # after every record: a run that is cut short keeps its numbers
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(records, indent=1) + "\n")
-
+    results = Results(stamp, peak, options.output)
     cases = [tuple(map(int, case.split("x"))) for case in options.cases] if options.cases else CASES
     for model in options.models:
         heads, group, dim = MODELS[model]
         for batch, context in cases:
             shape = {"model": model, "batch": batch, "context": context}
+            sizes = (batch, context, heads, group, dim)
             best = None
             if options.flash:
-                best, nbytes = flash_us(batch, context, heads, group, dim)
-                rate = nbytes / best / 1e3
-                record(
-                    kernel="flash-attention-3 bf16",
-                    **shape,
-                    us=best,
-                    gbps=rate,
-                    percent_of_read_bandwidth=rate * 1e11 / peak,
-                )
+                best, nbytes = flash_us(*sizes)
+                results.add_attention(best, nbytes, kernel="flash-attention-3 bf16", **shape)
+                torch.cuda.empty_cache()
+            if options.turboquant:
+                launches, nbytes = baselines.turboquant(*sizes, ROTATED_BYTES)
+                results.add_attention(time_us(launches), nbytes, best, kernel="turboquant_3bit_nc", **shape)
+                del launches
                 torch.cuda.empty_cache()
             for preset in options.presets:
                 fmt = PageFormat.preset(preset, dim)
@@ -305,22 +333,15 @@ def main() -> None:
                     except (RuntimeError, ValueError) as error:
                         print(f"{name} {preset} {batch} x {context}: {error}"[:300], flush=True)
                         continue
-                    rate = nbytes / us / 1e3
-                    record(
-                        kernel=name,
-                        preset=preset,
-                        **shape,
-                        us=us,
-                        gbps=rate,
-                        percent_of_read_bandwidth=rate * 1e11 / peak,
-                        ratio_to_best_bf16=best / us if best else None,
-                    )
+                    results.add_attention(us, nbytes, best, kernel=name, preset=preset, **shape)
                 del steps, expected
                 torch.cuda.empty_cache()
     if options.store:
         for preset in options.presets:
             for row in time_store(PageFormat.preset(preset, 128), torch.bfloat16):
-                record(preset=preset, **row)
+                results.add(preset=preset, **row)
+    if options.plot:
+        draw(results.records, options.plot)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the decode kernel is compared with: vLLM's own kernels on caches of the same shape.
+
+Each function returns the launches to be timed, on disjoint caches, and the bytes that one of them reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+Launches = tuple[list[Callable[[], object]], int]
+
+
+def _sets(nbytes: int, rotated_bytes: float) -> int:
+    """Caches to rotate among, so that no launch finds its data in L2."""
+    return min(8, max(1, -(-int(rotated_bytes) // nbytes)))
+
+
+def _step(batch: int, context: int, heads: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One query token per request, and the lengths of the sequences."""
+    query = torch.randn(batch, heads, dim, dtype=torch.bfloat16, device="cuda")
+    return query, torch.full((batch,), context, dtype=torch.int32, device="cuda")
+
+
+def flash_attention_3(
+    batch: int, context: int, heads: int, group: int, dim: int, rotated_bytes: float, splits: int
+) -> Launches:
+    """FlashAttention-3 on bf16 blocks of 128 tokens; ``splits`` 0 lets it choose."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    page = 128
+    per_sequence = -(-context // page)
+    nbytes = batch * context * heads * dim * 4
+    sets = _sets(nbytes, rotated_bytes)
+    cache = torch.empty(2, sets * batch * per_sequence, page, heads, dim, dtype=torch.bfloat16, device="cuda").normal_()
+    table = torch.randperm(cache.shape[1], device="cuda").int().view(sets, batch, per_sequence)
+    query, lens = _step(batch, context, heads * group, dim)
+    starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
+    out = torch.empty_like(query)
+
+    def launch(i: int) -> Callable[[], object]:
+        return lambda: flash_attn_varlen_func(
+            query, cache[0], cache[1], 1, starts, context, seqused_k=lens, block_table=table[i], causal=True,
+            out=out, fa_version=3, num_splits=splits,
+        )  # fmt: skip
+
+    return [launch(i) for i in range(sets)], nbytes
+
+
+def turboquant(
+    batch: int, context: int, heads: int, group: int, dim: int, rotated_bytes: float, bits: int = 3
+) -> Launches:
+    """vLLM's Triton decode kernel of ``turboquant_3bit_nc`` on blocks of 16 tokens, vLLM's default."""
+    from vllm.model_executor.layers.quantization.turboquant.centroids import get_centroids
+    from vllm.v1.attention.ops.triton_turboquant_decode import triton_turboquant_decode_attention
+    from vllm.v1.attention.ops.triton_turboquant_store import triton_turboquant_store
+
+    from vllm_oscar.hadamard import hadamard
+
+    page, splits = 16, 32
+    packed_key = dim * bits // 8 + 2
+    slot = packed_key + dim * bits // 8 + 4
+    per_sequence = -(-context // page)
+    nbytes = batch * context * heads * slot
+    sets = _sets(nbytes, rotated_bytes)
+    rotation = hadamard(dim).float().cuda()
+    centroids = get_centroids(dim, bits).cuda()
+
+    some = 64  # different blocks, over and over
+    stored = torch.zeros(some, page, heads, slot, dtype=torch.uint8, device="cuda")
+    key, value = torch.randn(2, some * page, heads, dim, dtype=torch.bfloat16, device="cuda")
+    triton_turboquant_store(
+        key, value, stored, torch.arange(some * page, dtype=torch.int32, device="cuda"), rotation,
+        (centroids[1:] + centroids[:-1]) / 2, mse_bits=bits, key_packed_size=packed_key, value_quant_bits=bits,
+    )  # fmt: skip
+    cache = torch.empty(sets * batch * per_sequence, page, heads, slot, dtype=torch.uint8, device="cuda")
+    for part in cache.split(1 << 15):
+        part.copy_(stored[torch.randint(some, (len(part),), device="cuda")])
+    table = torch.randperm(len(cache), device="cuda").int().view(sets, batch, per_sequence)
+    query, lens = _step(batch, context, heads * group, dim)
+    partial = torch.empty(batch, heads * group, splits, dim + 1, device="cuda")
+    log_sums, out = torch.empty(batch, heads * group, device="cuda"), torch.empty_like(query)
+
+    def launch(i: int) -> Callable[[], object]:
+        return lambda: triton_turboquant_decode_attention(
+            query, cache, table[i], lens, rotation, centroids, dim**-0.5, bits, packed_key, bits,
+            norm_correction=True, PiT=rotation, mid_o_buf=partial, output_buf=out, lse_buf=log_sums,
+            max_num_kv_splits=splits,
+        )  # fmt: skip
+
+    if not launch(0)().isfinite().all():
+        raise RuntimeError("TurboQuant's output is not finite: not timed")
+    return [launch(i) for i in range(sets)], nbytes
