@@ -137,6 +137,38 @@ def attention_launch(ops, case: Case, **options):
     )  # fmt: skip
 
 
+def time_prefill(
+    fmt: PageFormat, heads: int, group: int, chunk: int = 8192, context: int = 32768
+) -> tuple[float, float]:
+    """Attention of the last chunk of a prefill: INT2 history and our time, FlashAttention-3's over bf16 blocks.
+
+    Launched one by one, as vLLM does in a prefill: the launches are short beside the work.
+    """
+    from vllm_oscar.ops import flash_prefill
+
+    case = make_case(fmt, [(context - chunk, chunk)], kv_heads=heads, group=group, dtype=torch.bfloat16)
+    out = torch.empty_like(case.query)
+    item = flash_prefill.Prefill(0, 0, chunk, context - chunk)
+
+    def ours() -> None:
+        flash_prefill.attention(
+            out, case.query, case.key, case.value, *case.cache, case.ring_start, case.ring_pages, case.scale, fmt,
+            [item],
+        )  # fmt: skip
+
+    launches, _ = baselines.flash_attention_3(1, context, heads, group, fmt.head_dim, 0, 0, tokens=chunk)
+    times = ([], [])
+    for _ in range(12):
+        for launch, found in zip((ours, launches[0]), times):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            launch()
+            end.record()
+            end.synchronize()
+            found.append(begin.elapsed_time(end) * 1e3)
+    return sorted(times[0])[6], sorted(times[1])[6]
+
+
 def flash_us(*shape: int) -> tuple[float, int]:
     """FlashAttention-3 in bf16 at the best of several split counts: time, bytes."""
     batch, _, heads, *_ = shape
@@ -268,6 +300,7 @@ def main() -> None:
     parser.add_argument("--turboquant", action="store_true", help="time vLLM's turboquant_3bit_nc kernel too")
     parser.add_argument("--triton", action="store_true", help="check and time the Triton kernels too")
     parser.add_argument("--store", action="store_true", help="time store_pages and write_ring too")
+    parser.add_argument("--prefill", action="store_true", help="time the last 8k chunk of a 32k prefill too")
     parser.add_argument("--commit", help="recorded; default: ask git")
     parser.add_argument("--output", type=Path, help="JSON")
     parser.add_argument("--plot", type=Path, help="PNG")
@@ -336,6 +369,14 @@ def main() -> None:
                     results.add_attention(us, nbytes, best, kernel=name, preset=preset, **shape)
                 del steps, expected
                 torch.cuda.empty_cache()
+    if options.prefill:
+        for model in options.models:
+            heads, group, dim = MODELS[model]
+            for preset in options.presets:
+                us, flash = time_prefill(PageFormat.preset(preset, dim), heads, group)
+                shape = {"model": model, "batch": 1, "context": 32768}
+                results.add(kernel="prefill, 8192 tokens, flash-attention-3 bf16", **shape, us=flash)
+                results.add(kernel="prefill, 8192 tokens", preset=preset, **shape, us=us, ratio_to_best_bf16=flash / us)
     if options.store:
         for preset in options.presets:
             for row in time_store(PageFormat.preset(preset, 128), torch.bfloat16):
