@@ -48,23 +48,24 @@ class Prefetch {
 struct DecodeState {
   int rows;
   float* query;           // [row][4][quads]: rotated, softmax scale applied, in the order of Quads
-  int32_t* numbers;       // [row][2][quads][2 (block)]: the query times key scales, split
+  int32_t* numbers;       // [row][2][quads], or [row][2][quads][2 (block)]: query times key scales, split
   float* logits;          // [row][token], then probabilities
-  int32_t* probs;         // [row][value group][2][block][j1][t]: times value scales, split
-  I* spread_probs;        // [block][row][j1][2]: lanes 4t .. 4t+3 those of t
+  int32_t* probs;         // [value group][block][row][j1][2][t]: times value scales, split
   I* planes;
-  float* output;          // [row][chunk][g][j0][16]: lanes 4t + tile, summed over t at the end
+  float* output;          // [row][chunk][g][j0][16]: lanes 4 * tile + t, summed over t at the end
   float *maximum, *total; // [row]
   float* zeros;           // [row][value group]: sum of p * zero
   float* factor;          // [row][value group]: of probs
   float* decay;           // [row]: factor of what was summed up before this page
   Prefetch prefetch;
+
+  int probs_group() const { return kGroupTokens / 32 * rows * 16; }
 };
 
 inline size_t decode_bytes(const Shape& s, int rows) {
   const auto pad = Scratch::padded;
   return 2 * pad(16 * rows * s.quads) + pad(4 * rows * kGroupTokens) + pad(4 * rows * s.value_groups * kGroupTokens / 2) +
-         pad(8 * rows * kGroupTokens) + pad(64 * s.words * 4) + pad(4 * rows * s.spread()) + 3 * pad(4 * rows) +
+         pad(64 * s.words * 4) + pad(4 * rows * s.spread()) + 3 * pad(4 * rows) +
          2 * pad(4 * rows * s.value_groups);
 }
 
@@ -75,7 +76,6 @@ inline DecodeState take_decode(Scratch& scratch, const Shape& s, int rows) {
   d.numbers = scratch.take<int32_t>(rows * 4 * s.quads);
   d.logits = scratch.take<float>(rows * kGroupTokens);
   d.probs = scratch.take<int32_t>(rows * s.value_groups * kGroupTokens / 2);
-  d.spread_probs = scratch.take<I>(rows * kGroupTokens / 8);
   d.planes = scratch.take<I>(s.words * 4);
   d.output = scratch.take<float>(rows * s.spread());
   d.maximum = scratch.take<float>(rows);
@@ -137,6 +137,7 @@ inline void round_queries(const DecodeState& d, const Shape& s, const KeyGroup* 
   }
   for (int row = 0; row < d.rows; row++) {
     const float* query = d.query + row * 4 * s.quads;
+    int32_t* out = d.numbers + row * 4 * s.quads;
     for (int block = 0; block < count; block++) {
       const float top = factor[block][row];
       const F inverse = set_f(top > 0 ? kLargest / top : 0.0f);
@@ -150,16 +151,16 @@ inline void round_queries(const DecodeState& d, const Shape& s, const KeyGroup* 
         sum = sum + to_float(n[0] + n[1] + n[2] + n[3]);
         I first, second;
         split(n[0], n[1], n[2], n[3], first, second);
-        store(numbers[block][0] + i, first);
-        store(numbers[block][1] + i, second);
+        store((count == 1 ? out : numbers[block][0]) + i, first);
+        store((count == 1 ? out + s.quads : numbers[block][1]) + i, second);
       }
       sums[block][row] = sum;
     }
-    int32_t* out = d.numbers + row * 4 * s.quads;
+    if (count == 1) continue;
     for (int which = 0; which < 2; which++)
       for (int i = 0; i < s.quads; i += 16)
         store_interleaved(out + 2 * (which * s.quads + i), load_i(numbers[0][which] + i),
-                          load_i(numbers[count - 1][which] + i));
+                          load_i(numbers[1][which] + i));
   }
   for (int block = 0; block < count; block++) {
     alignas(64) float sum[kMaxRows];
@@ -171,8 +172,9 @@ inline void round_queries(const DecodeState& d, const Shape& s, const KeyGroup* 
   }
 }
 
-// Logits of 64 tokens: blocks 2 * pair, 2 * pair + 1. factor, offset: [block][row].
-template <int BITS, int ROWS>
+// Logits of 64 tokens: blocks 2 * pair, 2 * pair + 1. factor, offset: [block][row]. TWO: each block has
+// a key group of its own.
+template <int BITS, bool TWO, int ROWS>
 inline void dot_keys(DecodeState& d, const Shape& s, int row0, int pair, const float* const (&factor)[2],
                      const float* const (&offset)[2], const float* norms, float* logits) {
   const int stride = 4 * s.quads;
@@ -184,10 +186,11 @@ inline void dot_keys(DecodeState& d, const Shape& s, int row0, int pair, const f
       d.prefetch.advance();
       I codes[2][2];
       key_codes<BITS>(d.planes, s.words, pair, k, r, codes);
-      _Pragma("GCC unroll 2") for (int j1 = 0; j1 < 2; j1++, numbers += 2)
+      _Pragma("GCC unroll 2") for (int j1 = 0; j1 < 2; j1++, numbers += 1 + TWO)
         _Pragma("GCC unroll 8") for (int row = 0; row < ROWS; row++) {
-          const I first = broadcast_pair(numbers + row * stride);
-          const I second = broadcast_pair(numbers + row * stride + 2 * s.quads);
+          const int32_t* n = numbers + row * stride;
+          const I first = TWO ? broadcast_pair(n) : set_i(n[0]);
+          const I second = TWO ? broadcast_pair(n + 2 * s.quads) : set_i(n[s.quads]);
           dot(sums[row][0], codes[j1][0], first, second);
           dot(sums[row][1], codes[j1][1], first, second);
         }
@@ -202,6 +205,19 @@ inline void dot_keys(DecodeState& d, const Shape& s, int row0, int pair, const f
         store(logits + (row0 + row) * kGroupTokens + token, logit * load_f(norms + token));
       }
     }
+  }
+}
+
+template <int BITS, bool TWO>
+inline void pair_logits(DecodeState& d, const Shape& s, int pair, const float* const (&factor)[2],
+                        const float* const (&offset)[2], const float* norms, float* logits) {
+  int row = 0;
+  for (; row + kRowTile <= d.rows; row += kRowTile)
+    dot_keys<BITS, TWO, kRowTile>(d, s, row, pair, factor, offset, norms, logits);
+  switch (d.rows - row) {
+    case 3: dot_keys<BITS, TWO, 3>(d, s, row, pair, factor, offset, norms, logits); break;
+    case 2: dot_keys<BITS, TWO, 2>(d, s, row, pair, factor, offset, norms, logits); break;
+    case 1: dot_keys<BITS, TWO, 1>(d, s, row, pair, factor, offset, norms, logits); break;
   }
 }
 
@@ -222,14 +238,8 @@ inline void page_logits(DecodeState& d, const Shape& s, const uint8_t* page, boo
     }
     const float* const factors[2] = {factor[0], factor[last]};
     const float* const offsets[2] = {offset[0], offset[last]};
-    int row = 0;
-    for (; row + kRowTile <= d.rows; row += kRowTile)
-      dot_keys<BITS, kRowTile>(d, s, row, pair, factors, offsets, norms, logits);
-    switch (d.rows - row) {
-      case 3: dot_keys<BITS, 3>(d, s, row, pair, factors, offsets, norms, logits); break;
-      case 2: dot_keys<BITS, 2>(d, s, row, pair, factors, offsets, norms, logits); break;
-      case 1: dot_keys<BITS, 1>(d, s, row, pair, factors, offsets, norms, logits); break;
-    }
+    if (last) pair_logits<BITS, true>(d, s, pair, factors, offsets, norms, logits);
+    else pair_logits<BITS, false>(d, s, pair, factors, offsets, norms, logits);
   }
   if (first && s.args.exact_first_key) {
     Quads key;
@@ -301,20 +311,21 @@ inline void round_probabilities(const DecodeState& d, const Shape& s, const uint
     alignas(64) float top[kMaxRows], zeros_sum[kMaxRows], sum[kMaxRows];
     for (int row = 0; row < d.rows; row++) {
       const float* p = d.logits + row * kGroupTokens;
-      peak[row] = zeros[row] = zero_f();
+      F most = zero_f(), total = zero_f();
       for (int i = 0; i < padded; i += 16) {
         const F x = load_f(p + i);
-        peak[row] = max(peak[row], x * load_f(vs + i));
-        zeros[row] = fma(x, load_f(vz + i), zeros[row]);
+        most = max(most, x * load_f(vs + i));
+        total = fma(x, load_f(vz + i), total);
       }
+      peak[row] = most, zeros[row] = total;
     }
     reduce<true>(peak, d.rows, top);
     reduce<false>(zeros, d.rows, zeros_sum);
     for (int row = 0; row < d.rows; row++) {
       const float* p = d.logits + row * kGroupTokens;
       const F inverse = set_f(top[row] > 0 ? kLargest / top[row] : 0.0f);
-      sums[row] = zero_f();
-      int32_t* out = d.probs + (row * s.value_groups + group) * kGroupTokens / 2;
+      F total = zero_f();
+      int32_t* out = d.probs + group * d.probs_group() + row * 16;
       for (int i = 0; i < padded; i += 64) {  // lanes (block, j1, t) of (r, half)
         I n[2][2];
         _Pragma("GCC unroll 2") for (int r = 0; r < 2; r++) {
@@ -323,12 +334,12 @@ inline void round_probabilities(const DecodeState& d, const Shape& s, const uint
           deinterleave(load_f(p + t) * load_f(vs + t), load_f(p + t + 32) * load_f(vs + t + 32), even, odd);
           n[r][0] = round_to_int(even * inverse), n[r][1] = round_to_int(odd * inverse);
         }
-        sums[row] = sums[row] + to_float(n[0][0] + n[0][1] + n[1][0] + n[1][1]);
+        total = total + to_float(n[0][0] + n[0][1] + n[1][0] + n[1][1]);
         I first, second;
         split(n[0][0], n[1][0], n[0][1], n[1][1], first, second);
-        store(out + i / 4, first);
-        store(out + kGroupTokens / 4 + i / 4, second);
+        store_quarters(out + i / 32 * d.rows * 16, d.rows * 16, first, second);
       }
+      sums[row] = total;
     }
     reduce<false>(sums, d.rows, sum);
     for (int row = 0; row < d.rows; row++) {
@@ -339,17 +350,19 @@ inline void round_probabilities(const DecodeState& d, const Shape& s, const uint
   }
 }
 
-template <int ROWS>
+// TWO: tiles 2 and 3 of a chunk have a value group of their own.
+template <int ROWS, bool TWO>
 inline void dot_values(DecodeState& d, const Shape& s, const uint8_t* const* pages, int count, int row0, int chunk) {
   const int width = s.width(chunk);
   const int block_bytes = 32 * s.tiles * 4;
-  const I* probs = d.spread_probs + row0 * 4;
+  const int group = 64 * chunk / s.args.value_group, group_stride = TWO ? d.probs_group() : 0;
+  const int32_t* probs = d.probs + group * d.probs_group() + row0 * 16;
   F factor[ROWS], decay[ROWS];
   for (int row = 0; row < ROWS; row++) {
     alignas(64) float lanes[kLanes];
     for (int i = 0; i < kLanes; i++) {
-      const int group = min_of(64 * chunk + 16 * (i & 3), s.dim - 1) / s.args.value_group;
-      lanes[i] = d.factor[(row0 + row) * s.value_groups + group];
+      const int of_lane = min_of(64 * chunk + 16 * (i >> 2), s.dim - 1) / s.args.value_group;
+      lanes[i] = d.factor[(row0 + row) * s.value_groups + of_lane];
     }
     factor[row] = load_f(lanes);
     decay[row] = set_f(d.decay[row0 + row]);
@@ -359,16 +372,18 @@ inline void dot_values(DecodeState& d, const Shape& s, const uint8_t* const* pag
     Sum sums[ROWS][2];
     _Pragma("GCC unroll 8") for (int row = 0; row < ROWS; row++) sums[row][0] = sums[row][1] = zero_sum();
     // Not unrolled: one pointer and fixed distances are all that the registers left over can hold.
-    const I* p = probs;
+    const int32_t* p = probs;
     for (int page = 0; page < count; page++) {
       const uint8_t* row_of_codes = pages[page] + s.args.v_codes + chunk * 512 + g * 16 * width;
-      _Pragma("GCC unroll 1") for (int block = 0; block < 4; block++, p += 4 * d.rows, row_of_codes += block_bytes) {
-        const I w = load_row(row_of_codes, width);
+      _Pragma("GCC unroll 1") for (int block = 0; block < 4; block++, p += 16 * d.rows, row_of_codes += block_bytes) {
+        const I w = transpose_quarters(load_row(row_of_codes, width));
         const I mask = set_i(0x03030303);
-        const I codes[2][2] = {{w & mask, shift_right<2>(w) & mask}, {shift_right<4>(w) & mask, shift_right<6>(w) & mask}};
+        const I codes[2][2] = {{w & mask, shift_right<2>(w) & mask},
+                               {shift_right<4>(w) & mask, shift_right<6>(w) & mask}};
         _Pragma("GCC unroll 8") for (int row = 0; row < ROWS; row++)
           _Pragma("GCC unroll 2") for (int j1 = 0; j1 < 2; j1++) {
-            const I first = load_once(p + 4 * row + 2 * j1), second = load_once(p + 4 * row + 2 * j1 + 1);
+            const int32_t* q = p + 16 * row + 8 * j1;
+            const I first = repeat_quarters(q, q + group_stride), second = repeat_quarters(q + 4, q + 4 + group_stride);
             dot(sums[row][0], codes[j1][0], first, second);
             dot(sums[row][1], codes[j1][1], first, second);
           }
@@ -382,28 +397,21 @@ inline void dot_values(DecodeState& d, const Shape& s, const uint8_t* const* pag
   }
 }
 
+template <bool TWO>
+inline void chunk_values(DecodeState& d, const Shape& s, const uint8_t* const* pages, int count, int chunk) {
+  int row = 0;
+  for (; row + kRowTile <= d.rows; row += kRowTile) dot_values<kRowTile, TWO>(d, s, pages, count, row, chunk);
+  switch (d.rows - row) {
+    case 3: dot_values<3, TWO>(d, s, pages, count, row, chunk); break;
+    case 2: dot_values<2, TWO>(d, s, pages, count, row, chunk); break;
+    case 1: dot_values<1, TWO>(d, s, pages, count, row, chunk); break;
+  }
+}
+
 inline void values(DecodeState& d, const Shape& s, const uint8_t* const* pages, int count) {
-  const int group_tiles = s.args.value_group / 16;
-  const I lane = lane_index();
   for (int chunk = 0; chunk < s.chunks; chunk++) {
-    const int group = 4 * chunk / group_tiles;
-    if (chunk == 0 || group_tiles < 4 || group != 4 * (chunk - 1) / group_tiles) {
-      for (int row = 0; row < d.rows; row++)
-        for (int k = 0; k < 16 * count; k++) {  // (block, j1, which)
-          const int32_t* p = d.probs + (row * s.value_groups + group) * kGroupTokens / 2 + kGroupTokens / 4 * (k & 1) + 4 * (k >> 1);
-          I spread = repeat_each_4(p);
-          if (group_tiles == 2 && group + 1 < s.value_groups)  // lanes of tiles 2 and 3
-            spread = select(less(lane & set_i(3), set_i(2)), spread, repeat_each_4(p + kGroupTokens / 2));
-          d.spread_probs[(k >> 2) * 4 * d.rows + row * 4 + (k & 3)] = spread;
-        }
-    }
-    int row = 0;
-    for (; row + kRowTile <= d.rows; row += kRowTile) dot_values<kRowTile>(d, s, pages, count, row, chunk);
-    switch (d.rows - row) {
-      case 3: dot_values<3>(d, s, pages, count, row, chunk); break;
-      case 2: dot_values<2>(d, s, pages, count, row, chunk); break;
-      case 1: dot_values<1>(d, s, pages, count, row, chunk); break;
-    }
+    if (s.args.value_group == 32 && s.width(chunk) > 2) chunk_values<true>(d, s, pages, count, chunk);
+    else chunk_values<false>(d, s, pages, count, chunk);
   }
 }
 
@@ -422,12 +430,13 @@ inline void decode_pages(DecodeState& d, const Shape& s, const uint8_t* const* p
 inline void end_decode(const DecodeState& d, const Shape& s, float* out) {
   for (int row = 0; row < d.rows; row++)
     for (int chunk = 0; chunk < s.chunks; chunk++) {
-      I lanes[16];  // [g][j0], then [t][tile]
+      I lanes[16];  // [g][j0], then [tile][t]
       for (int i = 0; i < 16; i++) lanes[i] = load_i(d.output + row * s.spread() + (chunk * 16 + i) * kLanes);
       transpose16(lanes);
       for (int i = 0; i < s.width(chunk); i++) {
         const int channel = 16 * (4 * chunk + i);
-        const F sum = as_float(lanes[i]) + as_float(lanes[4 + i]) + (as_float(lanes[8 + i]) + as_float(lanes[12 + i]));
+        const I* t = lanes + 4 * i;
+        const F sum = as_float(t[0]) + as_float(t[1]) + (as_float(t[2]) + as_float(t[3]));
         const F zero = set_f(d.zeros[row * s.value_groups + channel / s.args.value_group]);
         store(out + row * s.dim + channel, even_then_odd(sum) + zero);
       }

@@ -59,14 +59,6 @@ OSCAR_INLINE F load_f(const void* p) {
   OSCAR_EACH memcpy(&r.v[k], static_cast<const char*>(p) + k * kVectorBytes, kVectorBytes);
   return r;
 }
-// The same in a register: the compiler would rather load again for every use.
-OSCAR_INLINE I load_once(const I* p) {
-  I r = *p;
-#if defined(__AVX512F__)
-  asm("" : "+v"(r.v[0]));
-#endif
-  return r;
-}
 OSCAR_INLINE void store(void* p, I a) {
   OSCAR_EACH memcpy(static_cast<char*>(p) + k * kVectorBytes, &a.v[k], kVectorBytes);
 }
@@ -403,18 +395,47 @@ OSCAR_INLINE I load_row(const uint8_t* p, int width) {
   return load_i(lanes);
 #endif
 }
-// Lanes 4t .. 4t+3 hold p[t].
-OSCAR_INLINE I repeat_each_4(const int32_t* p) {
+// Lane 4i + j becomes lane 4j + i.
+OSCAR_INLINE I transpose_quarters(I a) {
 #if defined(__AVX512F__)
-  const __m512i index = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-  const __m512i four = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m512i index = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  a.v[0] = (NativeI)_mm512_permutexvar_epi32(index, (__m512i)a.v[0]);
+  return a;
+#else
+  int32_t from[kLanes], to[kLanes];
+  store(from, a);
+  for (int i = 0; i < kLanes; i++) to[i] = from[4 * (i & 3) + (i >> 2)];
+  return load_i(to);
+#endif
+}
+// p[0] .. p[3] in the lower two quarters of the lanes, q[0] .. q[3] in the upper.
+OSCAR_INLINE I repeat_quarters(const int32_t* p, const int32_t* q) {
   I r;
-  r.v[0] = (NativeI)_mm512_permutexvar_epi32(index, four);
-  return r;
+#if defined(__AVX512F__)
+  const __m512i x = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  r.v[0] = (NativeI)x;
+  if (p != q)
+    r.v[0] = (NativeI)_mm512_mask_broadcast_i32x4(x, 0xff00, _mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
+  asm("" : "+v"(r.v[0]));  // the compiler would rather load again for every use
 #else
   int32_t lanes[kLanes];
-  for (int i = 0; i < kLanes; i++) lanes[i] = p[i >> 2];
-  return load_i(lanes);
+  for (int i = 0; i < kLanes; i++) lanes[i] = (i < 8 ? p : q)[i & 3];
+  r = load_i(lanes);
+#endif
+  return r;
+}
+// Quarters of a and b in turn: 16 words at p and 16 at p + next.
+OSCAR_INLINE void store_quarters(int32_t* p, int64_t next, I a, I b) {
+#if defined(__AVX512F__)
+  const __m512i index = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+  const __m512i x = (__m512i)a.v[0], y = (__m512i)b.v[0];
+  _mm512_storeu_si512(p, _mm512_permutex2var_epi64(x, index, y));
+  _mm512_storeu_si512(p + next, _mm512_permutex2var_epi64(x, _mm512_add_epi64(index, _mm512_set1_epi64(4)), y));
+#else
+  int32_t lanes[2][kLanes];
+  store(lanes[0], a);
+  store(lanes[1], b);
+  for (int i = 0; i < 8; i++) memcpy(p + (i >> 2) * next + 4 * (i & 3), lanes[i & 1] + 4 * (i >> 1), 16);
 #endif
 }
 
