@@ -202,6 +202,8 @@ class Attention {
     float* plain = thread_scratch.take<float>(item.rows * s.dim);
     float* rotated = thread_scratch.take<float>(item.rows * s.dim);
     DecodeState d = take_decode(thread_scratch, s, item.rows);
+    for (int p = item.page0; p < min_of(item.page1, item.page0 + kGroupPages); p++)
+      for (int64_t i = 0; i < a.page_bytes; i += 64) __builtin_prefetch(page(item, p) + i, 0, 2);
     load_queries(item, q, plain);
     rotate(plain, a.hadamard, s.dim, item.rows, rotated);
     begin_decode(d, s, rotated);
@@ -221,10 +223,16 @@ class Attention {
     for (int begin = 0; begin < end; begin += kTile) {
       const int count = min_of(kTile, end - begin);
       const void *key[kTile], *value[kTile];
+      int left = 0;  // tokens that follow each other in a page of the ring
       for (int i = 0; i < count; i++) {
         const int index = begin + i;
         if (index < held) {
-          key[i] = ring_token(a, item.request, q.ring_start + index, item.head);
+          if (--left > 0) {
+            key[i] = offset(key[i - 1], 2 * s.dim, a.dtype);
+          } else {
+            key[i] = ring_token(a, item.request, q.ring_start + index, item.head);
+            left = a.ring_tokens - (q.ring_start + index) % a.ring_tokens;
+          }
           value[i] = offset(key[i], s.dim, a.dtype);
         } else {
           const int64_t token = q.begin + index - held;

@@ -198,9 +198,18 @@ inline void dense_tile(const DenseState& d, const Shape& s, const float* query, 
 }
 
 // ---- few rows: tokens are read where they are -----------------------------------------------------------
+// Of four tokens from `begin` on, to read soon.
+inline void prefetch_tokens(const void* const* tokens, int begin, int count, int bytes) {
+  for (int t = begin; t < min_of(begin + 4, count); t++)
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(tokens[t]) + i, 0, 2);
+}
+
 template <int DTYPE, int ROWS>
-inline void token_scores(const float* query, int dim, const void* const* keys, int count, float* scores) {
+inline void token_scores(const float* query, int dim, const void* const* keys, const void* const* values, int count,
+                         float* scores) {
   for (int t = 0; t < count; t += 4) {
+    prefetch_tokens(keys, t + 8, count, dim * item_bytes(DTYPE));
+    prefetch_tokens(values, t, count, dim * item_bytes(DTYPE));
     F sums[ROWS][4];
     _Pragma("GCC unroll 4") for (int row = 0; row < ROWS; row++)
       _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) sums[row][i] = zero_f();
@@ -239,26 +248,28 @@ inline void token_values(const float* scores, const void* const* values, int cou
 }
 
 template <int DTYPE, int ROWS>
-inline void token_rows(const float* query, const void* const* tokens, int count, int dim, float* scores, float* out) {
-  if (query) return token_scores<DTYPE, ROWS>(query, dim, tokens, count, scores);
+inline void token_rows(const float* query, const void* const* keys, const void* const* values, int count, int dim,
+                       float* scores, float* out) {
+  if (query) return token_scores<DTYPE, ROWS>(query, dim, keys, values, count, scores);
   int c = 0;
   for (; c + 16 * kTileVectors <= dim; c += 16 * kTileVectors)
-    token_values<DTYPE, ROWS, kTileVectors>(scores, tokens, count, dim, c, out);
-  for (; c < dim; c += 16) token_values<DTYPE, ROWS, 1>(scores, tokens, count, dim, c, out);
+    token_values<DTYPE, ROWS, kTileVectors>(scores, values, count, dim, c, out);
+  for (; c < dim; c += 16) token_values<DTYPE, ROWS, 1>(scores, values, count, dim, c, out);
 }
 
-// Scores of tokens that are keys, or, without a query, the sum of tokens that are values.
+// Scores of tokens, or, without a query, the sum of their values.
 template <int DTYPE>
-inline void token_products(const DenseState& d, int dim, const float* query, const void* const* tokens, int count) {
+inline void token_products(const DenseState& d, int dim, const float* query, const void* const* keys,
+                           const void* const* values, int count) {
   constexpr int kRows = kParts == 1 ? 4 : 2;
   for (int row = 0; row < d.rows; row += kRows) {
     const float* q = query ? query + row * dim : nullptr;
     float *scores = d.scores + row * kTile, *out = d.output + row * dim;
     switch (min_of(kRows, d.rows - row)) {
-      case 4: token_rows<DTYPE, 4>(q, tokens, count, dim, scores, out); break;
-      case 3: token_rows<DTYPE, 3>(q, tokens, count, dim, scores, out); break;
-      case 2: token_rows<DTYPE, 2>(q, tokens, count, dim, scores, out); break;
-      case 1: token_rows<DTYPE, 1>(q, tokens, count, dim, scores, out); break;
+      case 4: token_rows<DTYPE, 4>(q, keys, values, count, dim, scores, out); break;
+      case 3: token_rows<DTYPE, 3>(q, keys, values, count, dim, scores, out); break;
+      case 2: token_rows<DTYPE, 2>(q, keys, values, count, dim, scores, out); break;
+      case 1: token_rows<DTYPE, 1>(q, keys, values, count, dim, scores, out); break;
     }
   }
 }
@@ -269,9 +280,9 @@ inline void token_tile(const DenseState& d, const Shape& s, const float* query, 
   const auto product = s.args.dtype == OSCAR_BF16   ? token_products<OSCAR_BF16>
                        : s.args.dtype == OSCAR_FP16 ? token_products<OSCAR_FP16>
                                                     : token_products<OSCAR_FP32>;
-  product(d, s.dim, query, keys, count);
+  product(d, s.dim, query, keys, values, count);
   soften(d, s, count, visible);
-  product(d, s.dim, nullptr, values, count);
+  product(d, s.dim, nullptr, keys, values, count);
 }
 
 }  // namespace
