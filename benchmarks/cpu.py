@@ -4,6 +4,11 @@
 Both run in this process, on the same batch, in turns; a case's ratio is the median of
 the ratios of its pairs. Each OScaR result is first compared with the reference.
 
+A case has as many copies of both caches as it takes for each to exceed ``--cold-mib``, and
+calls go round them: between two calls of a layer a real model reads its other layers and
+its weights, so that no cache of the processor still holds this layer's tokens. Without it
+(``--cold-mib 0``) short contexts of bf16 are read from L2 or L3.
+
     python benchmarks/cpu.py                                  # contexts x batches of decode
     python benchmarks/cpu.py --context 8192 --batch 4 --json out.json
     python benchmarks/cpu.py --query 1024 --context 4096      # one chunk of a prefill
@@ -43,6 +48,7 @@ class Record:
     head_dim: int
     preset: str
     threads: int
+    cold_mib: float
     isa: str
     us_oscar: float
     us_bf16: float
@@ -55,7 +61,7 @@ class Record:
 class Case:
     """A batch of requests of equal length, for both implementations."""
 
-    def __init__(self, fmt: PageFormat, context: int, batch: int, query: int, heads: int, kv_heads: int):
+    def __init__(self, fmt: PageFormat, context: int, batch: int, query: int, heads: int, kv_heads: int, cold: int):
         self.fmt, self.query_heads, self.heads = fmt, heads, kv_heads
         dim, seq_len = fmt.head_dim, context + query
         self.context, self.batch, self.new = context, batch, query
@@ -102,12 +108,17 @@ class Case:
             fmt,
         )
 
+        self.turn, (oscar_bytes, bf16_bytes) = 0, self.bytes_read()
+        copies = range(1, -(-cold // oscar_bytes))
+        self.caches = [(self.pages, self.ring), *((self.pages.clone(), self.ring.clone()) for _ in copies)]
+
         from vllm import _custom_ops
         from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
         self.vllm = _custom_ops
-        blocks = torch.randn(1, kv_heads, 2 * PAGE_TOKENS, dim).to(DTYPE).repeat(batch * count, 1, 1, 1)
-        self.blocks = blocks.chunk(2, dim=2)
+        blocks = torch.randn(1, kv_heads, 2 * PAGE_TOKENS, dim).to(DTYPE)
+        copies = range(max(1, -(-cold // bf16_bytes)))
+        self.blocks = [blocks.repeat(batch * count, 1, 1, 1).chunk(2, dim=2) for _ in copies]
         self.metadata = _custom_ops.cpu_attn_get_scheduler_metadata(
             num_reqs=batch,
             num_heads=heads,
@@ -123,7 +134,8 @@ class Case:
         )
 
     def _call(self, backend, requests: int, heads: int) -> torch.Tensor:
-        """The operation for the first requests and KV heads."""
+        """The operation for the first requests and KV heads, on the copy whose turn it is."""
+        pages, ring = self.caches[self.turn % len(self.caches)]
         group, rows = self.query_heads // self.heads, requests * self.new
         out = self.out_oscar[:rows, : heads * group]
         backend.attention(
@@ -131,8 +143,8 @@ class Case:
             self.query[:rows, : heads * group],
             self.key[:rows, :heads],
             self.value[:rows, :heads],
-            self.pages[:, :heads],
-            self.ring[:, :heads],
+            pages[:, :heads],
+            ring[:, :heads],
             self.table[:requests],
             self.ring_table[:requests],
             self.starts[: requests + 1],
@@ -154,10 +166,11 @@ class Case:
         self._call(cpu, self.batch, self.heads)
 
     def bf16(self) -> None:
+        key_cache, value_cache = self.blocks[self.turn % len(self.blocks)]
         self.vllm.cpu_attention_with_kv_cache(
             query=self.query,
-            key_cache=self.blocks[0],
-            value_cache=self.blocks[1],
+            key_cache=key_cache,
+            value_cache=value_cache,
             output=self.out_bf16,
             query_start_loc=self.starts,
             seq_lens=self.lens,
@@ -197,7 +210,7 @@ def measure(case: Case, repeats: int, cpu_time: bool) -> tuple[float, float, flo
     clock = time.process_time if cpu_time else time.perf_counter
     case.oscar(), case.bf16()
     oscar, bf16 = [], []
-    for _ in range(repeats):
+    for case.turn in range(1, repeats + 1):
         begin = clock()
         case.bf16()
         middle = clock()
@@ -239,10 +252,13 @@ def main(
     head_dim: int = 128,
     preset: str = "oscar",
     threads: Annotated[int, typer.Option(help="Threads; 0 leaves torch's choice.")] = 0,
-    repeats: Annotated[int, typer.Option(help="Pairs a case.")] = 15,
+    repeats: Annotated[int, typer.Option(help="Pairs a case.")] = 25,
     cpu_time: Annotated[
         bool, typer.Option(help="Count CPU time instead of wall time; for one thread on a busy machine.")
     ] = False,
+    cold_mib: Annotated[
+        float, typer.Option(help="Go round copies of each cache that are this large together; 0: one copy.")
+    ] = 128.0,
     max_gib: Annotated[float, typer.Option(help="Leave out cases whose bf16 cache is larger.")] = 8.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write one record per case.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG.")] = None,
@@ -267,14 +283,14 @@ def main(
         for requests in batch or [1, 4, 16]:
             if requests * (length + query) * kv_heads * head_dim * 2 * DTYPE.itemsize > max_gib * 2**30:
                 continue
-            case = Case(fmt, length, requests, query, heads, kv_heads)
+            case = Case(fmt, length, requests, query, heads, kv_heads, int(cold_mib * 2**20))
             error = case.error()
             if not error < 5e-3:
                 raise SystemExit(f"context {length}, batch {requests}: relative error {error:.2e}; nothing was timed")
             us_oscar, us_bf16, ratio = measure(case, repeats, cpu_time)
             share = [100 * n / (us * 1e-6) / bandwidth for n, us in zip(case.bytes_read(), (us_oscar, us_bf16))]
             record = Record(
-                length, requests, query, heads, kv_heads, head_dim, preset, torch.get_num_threads(), isa,
+                length, requests, query, heads, kv_heads, head_dim, preset, torch.get_num_threads(), cold_mib, isa,
                 round(us_oscar, 1), round(us_bf16, 1), round(ratio, 3), error, round(share[0], 1), round(share[1], 1),
             )  # fmt: skip
             records.append(record)
