@@ -187,13 +187,19 @@ class Attention {
 
   template <int BITS>
   void decode(const Item& item, const Request& q, DecodeState& d) const {
-    const uint8_t* pages[kSplitPages];
+    const uint8_t* pages[kSplitPages + kGroupPages];
     const int count = item.page1 - item.page0;
     for (int i = 0; i < count; i++) pages[i] = page(item, item.page0 + i);
+    // After the last come those that this thread may well read next.
+    int total = count;
+    const int64_t next = &item - items_ + a.threads;
+    for (int64_t j = next; j < min_of(next + 2, count_) && total == count; j++)
+      for (int i = items_[j].page0; i < min_of(items_[j].page1, items_[j].page0 + kGroupPages); i++)
+        pages[total++] = page(items_[j], i);
     for (int i = 0; i < count; i += kGroupPages) {
       const int n = min_of(kGroupPages, count - i), begin = item.page0 + i;
       decode_pages<BITS>(d, s, pages + i, n, begin == 0, min_of(n * kPage, q.ring_start - begin * kPage), pages + i + n,
-                         min_of(kGroupPages, count - i - n));
+                         min_of(kGroupPages, total - i - n));
     }
   }
 

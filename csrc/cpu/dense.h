@@ -208,7 +208,7 @@ template <int DTYPE, int ROWS>
 inline void token_scores(const float* query, int dim, const void* const* keys, const void* const* values, int count,
                          float* scores) {
   for (int t = 0; t < count; t += 4) {
-    prefetch_tokens(keys, t + 8, count, dim * item_bytes(DTYPE));
+    prefetch_tokens(keys, t + 16, count, dim * item_bytes(DTYPE));
     prefetch_tokens(values, t, count, dim * item_bytes(DTYPE));
     F sums[ROWS][4];
     _Pragma("GCC unroll 4") for (int row = 0; row < ROWS; row++)
