@@ -48,12 +48,12 @@ class Prefetch {
 struct DecodeState {
   int rows;
   float* query;           // [row][4][quads]: rotated, softmax scale applied, in the order of Quads
-  int32_t* numbers;       // [row][2][quads], or [row][2][quads][2 (block)]: query times key scales, split
+  int32_t* numbers;       // query times key scales, split: [row][2][quads], or [row][2][quads][2 (block)]
   float* logits;          // [row][token], then probabilities
   int32_t* probs;         // [value group][block][row][j1][2][t]: times value scales, split
   I* planes;
   float* output;          // [row][chunk][g][j0][16]: lanes 4 * tile + t, summed over t at the end
-  float *maximum, *total; // [row]
+  float *maximum, *total;  // [row]
   float* zeros;           // [row][value group]: sum of p * zero
   float* factor;          // [row][value group]: of probs
   float* decay;           // [row]: factor of what was summed up before this page
@@ -64,9 +64,9 @@ struct DecodeState {
 
 inline size_t decode_bytes(const Shape& s, int rows) {
   const auto pad = Scratch::padded;
-  return 2 * pad(16 * rows * s.quads) + pad(4 * rows * kGroupTokens) + pad(4 * rows * s.value_groups * kGroupTokens / 2) +
-         pad(64 * s.words * 4) + pad(4 * rows * s.spread()) + 3 * pad(4 * rows) +
-         2 * pad(4 * rows * s.value_groups);
+  return 2 * pad(16 * rows * s.quads) + pad(4 * rows * kGroupTokens) +
+         pad(4 * rows * s.value_groups * kGroupTokens / 2) + pad(64 * s.words * 4) + pad(4 * rows * s.spread()) +
+         3 * pad(4 * rows) + 2 * pad(4 * rows * s.value_groups);
 }
 
 inline DecodeState take_decode(Scratch& scratch, const Shape& s, int rows) {

@@ -88,13 +88,10 @@ inline void load_value_params(const uint8_t* page, const Shape& s, int stride, f
       if (groups == 1) {
         raw[0] = load_i(ps + 2 * i), raw[1] = load_i(pz + 2 * i);
       } else {
-        alignas(64) uint32_t pairs[2][kLanes];
-        for (int j = 0; j < kLanes; j++) {
-          const int tile = i / 16 + (j >> 3), t = (j >> 1) & 3, b = j & 1;
-          memcpy(&pairs[0][j], ps + 4 * (((tile * 4 + t) * groups + group) * 2 + b), 4);
-          memcpy(&pairs[1][j], pz + 4 * (((tile * groups + group) * 4 + t) * 2 + b), 4);
-        }
-        raw[0] = load_i(pairs[0]), raw[1] = load_i(pairs[1]);
+        const int tile = i / 16;
+        const uint8_t *scales = ps + 8 * (4 * tile * groups + group), *zeros = pz + 32 * (tile * groups + group);
+        raw[0] = gather_pairs(scales, scales + 32 * groups, 8 * groups);
+        raw[1] = gather_pairs(zeros, zeros + 32 * groups, 8);
       }
       for (int which = 0; which < 2; which++) {
         const I ordered = even_then_odd_by_8(raw[which]);

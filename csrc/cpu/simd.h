@@ -395,6 +395,21 @@ OSCAR_INLINE I load_row(const uint8_t* p, int width) {
   return load_i(lanes);
 #endif
 }
+// Four pairs of words from p on and four from q on, `stride` bytes apart.
+OSCAR_INLINE I gather_pairs(const uint8_t* p, const uint8_t* q, int64_t stride) {
+  int64_t x[8];
+  for (int i = 0; i < 4; i++) {
+    memcpy(x + i, p + i * stride, 8);
+    memcpy(x + 4 + i, q + i * stride, 8);
+  }
+#if defined(__AVX512F__)  // in registers: a load of several stores waits for them
+  I r;
+  r.v[0] = (NativeI)_mm512_setr_epi64(x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7]);
+  return r;
+#else
+  return load_i(x);
+#endif
+}
 // Lane 4i + j becomes lane 4j + i.
 OSCAR_INLINE I transpose_quarters(I a) {
 #if defined(__AVX512F__)
@@ -632,7 +647,8 @@ OSCAR_INLINE void reduce4(F a, F b, F c, F d, float* out) {
 template <bool LARGEST>
 OSCAR_INLINE void reduce(const F* v, int count, float* out) {
   for (int i = 0; i < count; i += 4)
-    reduce4<LARGEST>(v[i], v[min_of(i + 1, count - 1)], v[min_of(i + 2, count - 1)], v[min_of(i + 3, count - 1)], out + i);
+    reduce4<LARGEST>(v[i], v[min_of(i + 1, count - 1)], v[min_of(i + 2, count - 1)], v[min_of(i + 3, count - 1)],
+                     out + i);
 }
 
 // rows[i][j] becomes rows[j][i].
