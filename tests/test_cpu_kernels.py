@@ -299,10 +299,13 @@ def test_one_request_cannot_spoil_another(bad, on_isa):
         assert torch.equal(pages[~mine], good_pages[~mine])
 
 
-def key_codes(pages: torch.Tensor, fmt: PageFormat) -> torch.Tensor:
+def page_codes(pages: torch.Tensor, fmt: PageFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key and value codes ``[pages, heads, 128, D]``."""
     flat = pages.flatten(0, 1)
-    low, high = (flat[:, fmt.sections[name].slice] for name in ("k_codes", "k_high"))
-    return format.unpack_codes(low, high, fmt.config.key_bits, "key", fmt.head_dim)
+    low, high, value = (flat[:, fmt.sections[name].slice] for name in ("k_codes", "k_high", "v_codes"))
+    key = format.unpack_codes(low, high, fmt.config.key_bits, "key", fmt.head_dim)
+    value = format.unpack_codes(value, value[:, :0], 2, "value", fmt.head_dim)
+    return tuple(codes.unflatten(0, pages.shape[:2]) for codes in (key, value))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -316,7 +319,7 @@ def test_stored_pages_match_the_reference(preset, dim, on_isa):
     assert touched.sum() == 4
     starts = {int(step.block_table[row, 0]) for row in range(len(step.requests))}
     first = torch.tensor([int(block) in starts for block in touched.nonzero()])
-    want_key, want_value = reference.decode_pages_rotated(expected[touched], fmt, first)
+    expected_values = reference.decode_pages_rotated(expected[touched], fmt, first)
     for isa in ISAS:
         on_isa(isa)
         pages = step.store(cpu)
@@ -329,10 +332,11 @@ def test_stored_pages_match_the_reference(preset, dim, on_isa):
             if differing.numel():
                 assert differing.mean() < 2e-3, f"{isa}: {differing.mean():.2e} of {name} differ"
         assert torch.equal(got[..., fmt.sections["norms"].end :], want[..., fmt.sections["norms"].end :])
-        assert (key_codes(got, fmt) - key_codes(want, fmt)).abs().max() <= 1
-        key, value = reference.decode_pages_rotated(got, fmt, first)
-        assert (key - want_key).norm() / want_key.norm() < 5e-3
-        assert (value - want_value).norm() / want_value.norm() < 5e-3
+        decoded = reference.decode_pages_rotated(got, fmt, first)
+        for got_codes, want_codes, x, y in zip(page_codes(got, fmt), page_codes(want, fmt), decoded, expected_values):
+            steps = (got_codes - want_codes).abs()
+            assert steps.max() <= 1 and (steps > 0).float().mean() < 2e-3
+            assert ((x - y)[steps == 0]).norm() / y.norm() < 2e-3  # the rest is as far off as a rounding tie
 
 
 @pytest.mark.parametrize("name", DTYPES)
