@@ -198,3 +198,4 @@ def test_inner_loop_of_the_default_preset(tmp_path):
     assert sum(counts[op] for op in ("LOP3", "SHF", "FMNMX", "F2FP", "FSEL", "ISETP")) / elements < 0.9
     bulk = [i for _, i in code if "UBLKCP" in i]
     assert bulk, "pages must arrive by bulk copies"
+    assert not any("BRA.U.ANY" in i for i in loop), "one lane issues copies, without a loop over lanes"

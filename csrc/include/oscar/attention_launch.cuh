@@ -65,32 +65,41 @@ int allow_shared_memory(Kernel kernel, int bytes) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
+// Launch so that the start overlaps the end of the kernel before, for which the kernel waits itself.
+template <class... Args>
+int launch_overlapping(void (*kernel)(Args...), dim3 grid, int threads, int shared, cudaStream_t stream,
+                       Args... args) {
+  int device, major;
+  OSCAR_TRY(cudaGetDevice(&device));
+  OSCAR_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = major >= 9 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
 template <class Layout, int NTiles>
 int launch_attention(const AttentionParams& params, const LaunchShape& shape, cudaStream_t stream) {
   const int shared = shape.warps * static_cast<int>(sizeof(WarpShared<Layout>));
   OSCAR_TRY(allow_shared_memory(decode_kernel<Layout, NTiles>, shared));
-  decode_kernel<Layout, NTiles><<<shape.blocks, 32 * shape.warps, shared, stream>>>(params);
-  OSCAR_TRY(cudaGetLastError());
+  OSCAR_TRY(launch_overlapping(decode_kernel<Layout, NTiles>, dim3(shape.blocks), 32 * shape.warps, shared, stream,
+                               params));
 
-  // As many warps as an average row has partial results, a power of two within 2..16.
+  // Half as many warps as an average row has partial results, a power of two.
   const int64_t results = 2 + static_cast<int64_t>(shape.blocks) * shape.warps / shape.segments;
   int warps = 2;
-  while (warps < kCombineWarps && 2 * warps <= results) warps *= 2;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(shape.segments), shape.slot_rows);
-  config.blockDim = dim3(32 * warps);
-  config.dynamicSmemBytes =
-      combine_shared_floats<Layout::kHeadDim>(warps, shape.blocks * shape.warps + 2) * sizeof(float);
-  config.stream = stream;
-  cudaLaunchAttribute overlap;
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  int device, major;
-  OSCAR_TRY(cudaGetDevice(&device));
-  OSCAR_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  config.attrs = &overlap;
-  config.numAttrs = major >= 9 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, combine_kernel<Layout::kHeadDim>, params, 8 * NTiles);
+  while (warps < combine_warps(Layout::kHeadDim) && 4 * warps <= results) warps *= 2;
+  return launch_overlapping(combine_kernel<Layout::kHeadDim>,
+                            dim3(static_cast<unsigned>(shape.segments), shape.slot_rows), 32 * warps,
+                            warps * static_cast<int>(sizeof(CombineShared<Layout::kHeadDim>)), stream, params,
+                            8 * NTiles);
 }
 
 template <int HeadDim>

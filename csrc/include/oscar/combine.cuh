@@ -4,6 +4,7 @@
 
 #include "oscar/hadamard.cuh"
 #include "oscar/schedule.cuh"
+#include "oscar/softmax.cuh"
 
 namespace oscar {
 
@@ -13,46 +14,40 @@ struct RowSlots {
   OSCAR_DEVICE int operator[](int i) const { return i < page_count ? page_first + i : exact_first + i - page_count; }
 };
 
-constexpr int kCombineWarps = 16;
+// Most warps of a block: as many as have a place in 48 KB of shared memory.
+constexpr int combine_warps(int head_dim) { return head_dim <= 128 ? 32 : 16; }
 
-// The result of `op` over all threads of the block, in every thread.
-template <class Op>
-OSCAR_DEVICE float block_reduce(float x, float* scratch, const Op& op) {
+OSCAR_DEVICE float warp_max(float x) {
 #pragma unroll
-  for (int d = 1; d < 32; d <<= 1) x = op(x, __shfl_xor_sync(kFullWarp, x, d));
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
-  if (lane == 0) scratch[warp] = x;
-  __syncthreads();
-  x = scratch[min(lane, warps - 1)];
+  for (int d = 1; d < 32; d <<= 1) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, d));
+  return x;
+}
+OSCAR_DEVICE float warp_sum(float x) {
 #pragma unroll
-  for (int d = 1; d < kCombineWarps; d <<= 1) {
-    const float other = __shfl_xor_sync(kFullWarp, x, d);
-    if ((lane ^ d) < warps) x = op(x, other);
-  }
-  return __shfl_sync(kFullWarp, x, 0);
+  for (int d = 1; d < 32; d <<= 1) x += __shfl_xor_sync(kFullWarp, x, d);
+  return x;
 }
 
-// Dynamic shared memory: two rows of scratch, [warp][rotated, exact][HeadDim] sums, a weight per slot.
+// What one warp leaves in shared memory for the first.
 template <int HeadDim>
-constexpr int combine_shared_floats(int warps, int most_slots) {
-  return 2 * kCombineWarps + warps * 2 * HeadDim + most_slots;
-}
+struct CombineShared {
+  float rotated[HeadDim], exact[HeadDim], top, sum;
+};
 
 template <int HeadDim>
-__global__ void __launch_bounds__(32 * kCombineWarps)
+__global__ void __launch_bounds__(32 * combine_warps(HeadDim))
     combine_kernel(const __grid_constant__ AttentionParams p, int block_rows) {
   constexpr int kChannels = HeadDim / 32;  // consecutive channels of a lane
   extern __shared__ __align__(128) uint8_t raw[];
-  float* scratch = reinterpret_cast<float*>(raw);
+  CombineShared<HeadDim>* shared = reinterpret_cast<CombineShared<HeadDim>*>(raw);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
-  float* sums = scratch + 2 * kCombineWarps;
-  float* weights = sums + warps * 2 * HeadDim;
   const int segment = blockIdx.x, row = blockIdx.y;
   const int row_block = segment % p.row_blocks, head = segment / p.row_blocks % p.args.kv_heads;
   const Request request(p, segment / p.row_blocks / p.args.kv_heads, block_rows);
   const int query_row = row_block * block_rows + row;
+  launch_dependents();
+  wait_for_previous_grid();  // every block: who waits for this grid relies on the decode kernel's end, too
   if (query_row >= request.rows) return;
-  wait_for_previous_grid();
 
   RowSlots slots{0, 0, 0, 0};
   if (request.pages) {
@@ -63,45 +58,69 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
   const int2 range = p.ranges[2 * segment + 1];
   slots.exact_first = range.x;
   slots.count = slots.page_count + range.y - range.x + 1;
-  const auto max_sum = [&](int i) { return p.max_sum[static_cast<int64_t>(slots[i]) * p.slot_rows + row]; };
 
-  float top = -INFINITY, sum = 0.f;
-  for (int i = threadIdx.x; i < slots.count; i += blockDim.x) top = fmaxf(top, max_sum(i).x);
-  top = block_reduce(top, scratch, [](float a, float b) { return fmaxf(a, b); });
-  for (int i = threadIdx.x; i < slots.count; i += blockDim.x) {
-    const float2 ms = max_sum(i);
-    weights[i] = exp2_approx(ms.x - top);
-    sum = fmaf(ms.y, weights[i], sum);
-  }
-  sum = block_reduce(sum, scratch + kCombineWarps, [](float a, float b) { return a + b; });
-
-  float rotated[kChannels] = {}, exact[kChannels] = {};
-#pragma unroll 8
-  for (int i = warp; i < slots.count; i += warps) {
-    const float* source =
-        p.partial + (static_cast<int64_t>(slots[i]) * p.slot_rows + row) * HeadDim + lane * kChannels;
-    float x[kChannels];
+  // Every warp adds up its slots, a few at a time so that their loads overlap.
+  constexpr int kSlots = kChannels <= 4 ? 7 : 2;  // as registers allow
+  float top = kNoMaximum, sum = 0.f, rotated[kChannels] = {}, exact[kChannels] = {};
+  for (int base = warp; base < slots.count; base += kSlots * warps) {
+    float x[kSlots][kChannels] = {};
 #pragma unroll
-    for (int j = 0; j < kChannels; j += 2) {
-      const float2 v = *reinterpret_cast<const float2*>(source + j);
-      x[j] = v.x, x[j + 1] = v.y;
+    for (int k = 0; k < kSlots; ++k) {
+      const int i = base + k * warps;
+      if (i >= slots.count) break;
+      const float* source =
+          p.partial + (static_cast<int64_t>(slots[i]) * p.slot_rows + row) * HeadDim + lane * kChannels;
+#pragma unroll
+      for (int j = 0; j < kChannels; j += 2) {
+        const float2 v = *reinterpret_cast<const float2*>(source + j);
+        x[k][j] = v.x, x[k][j + 1] = v.y;
+      }
     }
-    const float page_weight = i < slots.page_count ? weights[i] : 0.f, exact_weight = weights[i] - page_weight;
+    const int own = base + lane * warps;  // lane k finds the weight of x[k]
+    float2 max_sum = make_float2(kNoMaximum, 0.f);
+    if (lane < kSlots && own < slots.count) {
+      max_sum = p.max_sum[static_cast<int64_t>(slots[own]) * p.slot_rows + row];
+    }
+    const float higher = fmaxf(top, warp_max(max_sum.x)), shrink = exp2_approx(top - higher);
+    const float weight = exp2_approx(max_sum.x - higher);
+    top = higher;
+    sum = fmaf(sum, shrink, warp_sum(max_sum.y * weight));
 #pragma unroll
-    for (int j = 0; j < kChannels; ++j) {
-      rotated[j] = fmaf(page_weight, x[j], rotated[j]);
-      exact[j] = fmaf(exact_weight, x[j], exact[j]);
+    for (int j = 0; j < kChannels; ++j) rotated[j] *= shrink, exact[j] *= shrink;
+#pragma unroll
+    for (int k = 0; k < kSlots; ++k) {
+      const float w = __shfl_sync(kFullWarp, weight, k);
+      const float page_weight = base + k * warps < slots.page_count ? w : 0.f, exact_weight = w - page_weight;
+#pragma unroll
+      for (int j = 0; j < kChannels; ++j) {
+        rotated[j] = fmaf(page_weight, x[k][j], rotated[j]);
+        exact[j] = fmaf(exact_weight, x[k][j], exact[j]);
+      }
     }
   }
-  float* own = sums + warp * 2 * HeadDim + lane * kChannels;
 #pragma unroll
-  for (int j = 0; j < kChannels; ++j) own[j] = rotated[j], own[HeadDim + j] = exact[j];
+  for (int j = 0; j < kChannels; ++j) {
+    shared[warp].rotated[lane * kChannels + j] = rotated[j];
+    shared[warp].exact[lane * kChannels + j] = exact[j];
+  }
+  if (lane == 0) shared[warp].top = top, shared[warp].sum = sum;
   __syncthreads();
   if (warp) return;
-  for (int w = 1; w < warps; ++w) {
-    const float* other = sums + w * 2 * HeadDim + lane * kChannels;
+
+  // The first warp adds up the warps, with one lane for the weight of each.
+  top = lane < warps ? shared[lane].top : kNoMaximum;
+  const float weight = exp2_approx(top - warp_max(top));
+  sum = warp_sum(lane < warps ? shared[lane].sum * weight : 0.f);
 #pragma unroll
-    for (int j = 0; j < kChannels; ++j) rotated[j] += other[j], exact[j] += other[HeadDim + j];
+  for (int j = 0; j < kChannels; ++j) rotated[j] = exact[j] = 0.f;
+#pragma unroll 4
+  for (int w = 0; w < warps; ++w) {
+    const float other = __shfl_sync(kFullWarp, weight, w);
+#pragma unroll
+    for (int j = 0; j < kChannels; ++j) {
+      rotated[j] = fmaf(other, shared[w].rotated[lane * kChannels + j], rotated[j]);
+      exact[j] = fmaf(other, shared[w].exact[lane * kChannels + j], exact[j]);
+    }
   }
   hadamard_registers(rotated);
   hadamard_lanes(rotated, lane, 1, 32);

@@ -11,6 +11,13 @@ OSCAR_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// A copy of `bytes`, a multiple of 16, to an address in shared memory.
+struct Copy {
+  uint32_t target;
+  const uint8_t* source;
+  int bytes;
+};
+
 // Transactions on one shared-memory barrier.
 class CopyBarrier {
  public:
@@ -32,34 +39,20 @@ class CopyBarrier {
 #endif
   }
 
-  // The phase that all bytes of the following copies complete; by every lane.
-  OSCAR_DEVICE static void expect(uint32_t barrier, int bytes, int lane) {
+  // The copies of one phase; by the whole warp.
+  template <class... Copies>
+  OSCAR_DEVICE static void start(uint32_t barrier, int lane, const Copies&... copies) {
 #if __CUDA_ARCH__ >= 900
-    if (lane == 0) {
+    // An election tells the compiler that one lane runs this; after `lane == 0` it makes loops over lanes.
+    uint32_t elected;
+    asm volatile("{\n .reg .pred p;\n elect.sync _|p, 0xffffffff;\n selp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
+    if (elected) {
+      const int bytes = (copies.bytes + ...);
       asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-    }
-#endif
-  }
-
-  // `bytes`: a multiple of 16.
-  OSCAR_DEVICE static void copy(uint32_t barrier, uint32_t target, const uint8_t* source, int bytes, int lane) {
-#if __CUDA_ARCH__ >= 900
-    if (lane == 0) {
-      asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
-          "l"(source), "r"(bytes), "r"(barrier)
-          : "memory");
+      (copy(barrier, copies), ...);
     }
 #else
-    for (int i = lane * 16; i < bytes; i += 32 * 16) {
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target + i), "l"(source + i) : "memory");
-    }
-#endif
-  }
-
-  // No more copies for this phase.
-  OSCAR_DEVICE static void commit(uint32_t barrier) {
-#if __CUDA_ARCH__ < 900
+    (copy(lane, copies), ...);
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 #endif
   }
@@ -82,6 +75,24 @@ class CopyBarrier {
 #endif
     }
   }
+
+ private:
+#if __CUDA_ARCH__ >= 900
+  OSCAR_DEVICE static void copy(uint32_t barrier, const Copy& c) {
+    constexpr uint64_t kEvictFirst = 0x12f0000000000000;  // what createpolicy makes; pages are read once
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+            "r"(c.target),
+        "l"(c.source), "r"(c.bytes), "r"(barrier), "l"(kEvictFirst)
+        : "memory");
+  }
+#else
+  OSCAR_DEVICE static void copy(int lane, const Copy& c) {
+    for (int i = lane * 16; i < c.bytes; i += 32 * 16) {
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(c.target + i), "l"(c.source + i) : "memory");
+    }
+  }
+#endif
 };
 
 // Order ordinary writes to a buffer before the next asynchronous copy into it.

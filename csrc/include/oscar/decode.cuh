@@ -12,11 +12,8 @@ namespace oscar {
 // Most warps of a block, which fixes the registers of each: more warps hide latency, a
 // second tile of query rows or a larger head needs the registers. Devices of compute
 // capability 12 have shared memory for fewer.
-#ifndef OSCAR_DECODE_WARPS
-#define OSCAR_DECODE_WARPS 12
-#endif
 constexpr int decode_warps(int head_dim, int n_tiles, int capability) {
-  return head_dim * n_tiles <= 128 && capability < 12 ? OSCAR_DECODE_WARPS : 8;
+  return head_dim * n_tiles <= 128 && capability < 12 ? 12 : 8;
 }
 #ifdef __CUDA_ARCH__
 constexpr int kCapability = __CUDA_ARCH__ / 100;
@@ -118,7 +115,8 @@ __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kC
   extern __shared__ __align__(128) uint8_t raw[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
   const int g = lane >> 2, t = lane & 3;
-  launch_dependents();  // the combine kernel waits for this grid's end itself
+  wait_for_previous_grid();
+  launch_dependents();  // only now: the combine kernel, which waits for this one, may read what others wrote before
 
   const int global_warp = warp * gridDim.x + blockIdx.x;  // little work spreads over all multiprocessors
   Share share = find_share(p, kRows, global_warp, gridDim.x * warps, lane);
@@ -152,7 +150,7 @@ __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kC
         source = static_cast<const uint8_t*>(p.args.query) + token * p.args.query_token +
                  (now.head * p.args.group + row % p.args.group) * p.args.query_head;
       }
-      query[n].load(source, !pages, lane);
+      query[n].load(source, lane);
     }
     if (!started) fill_all(buffer, next);  // only now: the query must not queue behind every warp's first page
     started = true;

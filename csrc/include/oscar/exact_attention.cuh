@@ -96,11 +96,14 @@ template <int Tiles>
 OSCAR_DEVICE void write_exact_result(const Accumulator<Tiles>& acc, float* target, int rows, int lane) {
   const int g = lane >> 2, t = lane & 3;
 #pragma unroll
-  for (int i = 0; i < Tiles; ++i) {
+  for (int c = 0; c < 2; ++c) {
+    if (2 * t + c < rows) {
+      float* row = target + (2 * t + c) * 16 * Tiles;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int row = 2 * t + (j & 1);
-      if (row < rows) target[row * 16 * Tiles + exact_channel(i, g, j >> 1)] = acc.out[i][j];
+      for (int i = 0; i < Tiles; ++i) {
+        row[exact_channel(i, g, 0)] = acc.out[i][c];
+        row[exact_channel(i, g, 1)] = acc.out[i][2 + c];
+      }
     }
   }
 }

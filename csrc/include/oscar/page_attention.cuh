@@ -60,11 +60,7 @@ OSCAR_DEVICE void attend_page(const uint8_t* codes, const uint8_t* params, bool 
                               Accumulator<Layout::kTiles> (&acc)[NTiles], int lane) {
   constexpr int kTiles = Layout::kTiles, kChunks = Layout::kChunks, kValueGroups = Layout::kValueGroups;
   // Two 32-token blocks at a time give enough independent products to hide their latency.
-#ifdef OSCAR_BLOCKS
-  constexpr int kBlocks = OSCAR_BLOCKS;
-#else
   constexpr int kBlocks = NTiles * kTiles <= 8 ? 2 : 1;
-#endif
   const int g = lane >> 2, t = lane & 3;
   const bool one_group = Layout::kExactFirstKey && first;
 
@@ -243,15 +239,16 @@ template <class Layout>
 OSCAR_DEVICE void write_page_result(const Accumulator<Layout::kTiles>& acc, float* target, int rows, int lane) {
   const int g = lane >> 2, t = lane & 3;
 #pragma unroll
-  for (int i = 0; i < Layout::kTiles; ++i) {
-    const int from = 4 * (16 * i / Layout::kValueGroup) + t;
+  for (int c = 0; c < 2; ++c) {
+    float zero[Layout::kValueGroups];
 #pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const float zero = __shfl_sync(kFullWarp, acc.extra[c], from);
-      if (2 * t + c < rows) {
-        float* row = target + (2 * t + c) * Layout::kHeadDim + 16 * i + g;
-        row[0] = fmaf(acc.out[i][c], kCodeUnit, zero);
-        row[8] = fmaf(acc.out[i][2 + c], kCodeUnitUpper, zero);
+    for (int v = 0; v < Layout::kValueGroups; ++v) zero[v] = __shfl_sync(kFullWarp, acc.extra[c], 4 * v + t);
+    if (2 * t + c < rows) {
+      float* row = target + (2 * t + c) * Layout::kHeadDim + g;
+#pragma unroll
+      for (int i = 0; i < Layout::kTiles; ++i) {
+        row[16 * i] = fmaf(acc.out[i][c], kCodeUnit, zero[16 * i / Layout::kValueGroup]);
+        row[16 * i + 8] = fmaf(acc.out[i][2 + c], kCodeUnitUpper, zero[16 * i / Layout::kValueGroup]);
       }
     }
   }

@@ -36,27 +36,20 @@ class PageBuffer {
   // Fetch the keys and parameters of `page`; the key codes in the buffer must be done with.
   OSCAR_DEVICE void fill_keys(const uint8_t* page) {
     const uint32_t target = shared_address(buffer_);
-    CopyBarrier::expect(keys_, kKeyBytes + kParamBytes, lane_);
-    CopyBarrier::copy(keys_, target, page, kKeyBytes, lane_);
-    CopyBarrier::copy(keys_, target + Layout::kKeyParams + fill_ * kParamBytes, page + Layout::kKeyParams, kParamBytes,
-                      lane_);
-    CopyBarrier::commit(keys_);
+    CopyBarrier::start(keys_, lane_, Copy{target, page, kKeyBytes},
+                       Copy{target + Layout::kKeyParams + fill_ * kParamBytes, page + Layout::kKeyParams, kParamBytes});
     fill_ ^= 1;
   }
 
   OSCAR_DEVICE void fill_values(const uint8_t* page) {
-    CopyBarrier::expect(values_, kValueBytes, lane_);
-    CopyBarrier::copy(values_, shared_address(buffer_) + Layout::kValueCodes, page + Layout::kValueCodes, kValueBytes,
-                      lane_);
-    CopyBarrier::commit(values_);
+    CopyBarrier::start(values_, lane_,
+                       Copy{shared_address(buffer_) + Layout::kValueCodes, page + Layout::kValueCodes, kValueBytes});
   }
 
   // Fetch a page of 16-bit tokens over everything in the buffer.
   OSCAR_DEVICE void fill_ring(const uint8_t* page) {
     constexpr int kRingBytes = Layout::kRingTokens * Layout::kRingTokenBytes;
-    CopyBarrier::expect(values_, kRingBytes, lane_);
-    CopyBarrier::copy(values_, shared_address(buffer_), page, kRingBytes, lane_);
-    CopyBarrier::commit(values_);
+    CopyBarrier::start(values_, lane_, Copy{shared_address(buffer_), page, kRingBytes});
   }
 
   OSCAR_DEVICE void wait_keys() {

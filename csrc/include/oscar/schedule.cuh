@@ -99,14 +99,17 @@ class Producer {
 
   // The page or ring page of the current unit.
   OSCAR_DEVICE const uint8_t* source() const {
-    return base_ + entry_ * (kind_ == kPage ? p_.args.page_block : p_.args.ring_block);
+    return base_ + static_cast<int64_t>(entry_) * (kind_ == kPage ? p_.args.page_block : p_.args.ring_block);
   }
 
   OSCAR_DEVICE void advance() {
     if (--units_ == 0) {
       kind_ = kEnd;
     } else if (--left_) {
-      if (kind_ != kInFlight) entry_ = *++table_;
+      if (kind_ == kInFlight) return;
+      entry_ = ahead_;
+      ++table_;
+      if (left_ > 1) ahead_ = table_[1];
     } else {
       __syncwarp();
       Cursor c = *cursor_;
@@ -131,13 +134,14 @@ class Producer {
                                           row) +
              (page ? c.unit : c.unit - c.request.pages);
     entry_ = *table_;
+    if (left_ > 1) ahead_ = table_[1];
   }
 
   const AttentionParams& p_;
   Cursor* cursor_;
   int units_, left_, block_rows_, lane_;
   Kind kind_;
-  int64_t entry_ = 0;
+  int entry_ = 0, ahead_ = 0;  // of the table: this unit's and the next one's
   const int* table_ = nullptr;
   const uint8_t* base_ = nullptr;
 };

@@ -12,16 +12,21 @@ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(static_cast<const uint8_t*>(pointer) - raw);
 }
 
+struct Copy {
+  uint32_t target;
+  const uint8_t* source;
+  int bytes;
+};
+
 struct CopyBarrier {
   static void init(uint64_t* barrier) { *barrier = 0; }
   static void publish() {}
   static uint64_t& phases(uint32_t barrier) { return *reinterpret_cast<uint64_t*>(raw + barrier); }
-  static void expect(uint32_t, int, int) {}
-  static void copy(uint32_t, uint32_t target, const uint8_t* source, int bytes, int lane) {
-    if (lane == 0) std::memcpy(raw + target, source, bytes);
-  }
-  static void commit(uint32_t barrier) {
-    if (emulator::lane() == 0) ++phases(barrier);
+  template <class... Copies>
+  static void start(uint32_t barrier, int lane, const Copies&... copies) {
+    if (lane != 0) return;
+    (std::memcpy(raw + copies.target, copies.source, copies.bytes), ...);
+    ++phases(barrier);
   }
   static void wait(uint32_t barrier, uint32_t phase) {
     __syncwarp();
