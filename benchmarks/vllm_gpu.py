@@ -258,7 +258,7 @@ def speed(
             result = run(
                 "speed", sizes, model=model, load_format="dummy", skip_tokenizer_init=True,
                 kv_cache_dtype=dtype, kv_cache_memory_bytes=int(memory * 2**30), max_model_len=context + 256,
-                max_num_seqs=requests, max_num_batched_tokens=8192,
+                max_num_seqs=requests, max_num_batched_tokens=8192, gpu_memory_utilization=0.6,
                 compilation_config={"cudagraph_capture_sizes": [1, 8, 16, 24, 32, 48, 64]},
             )  # fmt: skip
             records.append({"dtype": dtype, **stamp, **(result or {"failed": True})})
