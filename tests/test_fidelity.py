@@ -229,7 +229,8 @@ def fake_records(folder: Path) -> Records:
         answers = [{f"{d:g}": 1 for d in tasks.DEPTHS}]
         settings = {"task": "needle", "length": 1024, "seeds": 1}
         records.add(Records.new("m", known[name], 128, "recall", settings), answers)
-        through = Records.new("m", known[name] if i else None, 128, "recall through vLLM", settings)
+        served = settings | {"served": True}
+        through = Records.new("m", known[name] if i else None, 128, "recall through vLLM", served)
         records.add(through | ({} if i else {"method": "auto"}), [{**answers[0], "0": int(i < 3)}, answers[0]])
     return records
 
@@ -239,7 +240,7 @@ def test_the_report_regenerates_from_the_records(tmp_path):
     assert {p.name for p in written} == {"table.md", "pareto.png", "layers.png", "recall.png"}
     table = (tmp_path / "table.md").read_text()
     assert "| oscar | 90 | 2.81 | 5.69x |" in table and "100.0" in table
-    assert "| oscar:no window | needle | 1024 | 10 | 90.00 ± 10.00 | -10.00 ± 10.00 |" in table
+    assert "| oscar:no window | needle | 1024 | as served | 10 | 90.00 ± 10.00 | -10.00 ± 10.00 |" in table
     report.write(Records(tmp_path), tmp_path)
     assert (tmp_path / "table.md").read_text() == table
 

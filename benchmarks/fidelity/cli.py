@@ -214,6 +214,9 @@ def vllm(
     seeds: Annotated[int, typer.Option(help="Recall documents per task.")] = 4,
     task: Annotated[str, typer.Option(help="Recall tasks, comma-separated.")] = ",".join(tasks.FORMS),
     chunk: Annotated[int, typer.Option(help="Tokens per step: the history of each chunk is read from the cache.")] = 32,
+    served: Annotated[
+        bool, typer.Option("--served", help="Recall only, by generating with vLLM's own chunks and prefix hits.")
+    ] = False,
     text: Texts = None,
 ):
     """Measure the presets through vLLM itself: divergence, perplexity and recall as users get them."""
@@ -225,7 +228,8 @@ def vllm(
     records = Records(out)
     plan = through_vllm.Plan(documents, length, seeds, chunk)
     with progress() as bar:
-        through_vllm.measure(model, dtype.split(","), forms, plan, tasks.read_texts(text), records, bar)
+        run = through_vllm.measure_served if served else through_vllm.measure
+        run(model, dtype.split(","), forms, plan, tasks.read_texts(text), records, bar)
     reporting.write(records, out)
 
 

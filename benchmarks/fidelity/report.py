@@ -93,6 +93,7 @@ def _recall_rows(recall: list[dict]) -> list[dict[str, str]]:
                 "method": record["method"],
                 "task": s["task"],
                 "tokens": str(s["length"]),
+                "steps": "as served" if s.get("served") else f"chunks of {s['chunk']}",
                 "questions": str(sum(len(document) for document in record["values"])),
                 "right %": _pm(own, 2),
                 "points from auto": _pm([x - y for x, y in zip(own, _recalled(auto), strict=True)], 2),

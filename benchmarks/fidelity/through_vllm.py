@@ -117,3 +117,48 @@ def measure(
                 records.add(record, values)
             engine.close()
             bar.advance(task_bar)
+
+
+def measure_served(
+    models: list[str], dtypes: list[str], forms: list[str], plan: Plan, texts: list[str], records: Records, bar
+) -> None:
+    """Recall by greedy generation with vLLM's own chunking, batching and prefix caching.
+
+    A document's questions follow each other at its end, so that each prompt extends the one before.
+    """
+    from vllm import LLM, SamplingParams
+
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    known = methods.registry()
+    dtypes = ["auto", *(d for d in dtypes if d != "auto")]
+    for path in models:
+        task_bar = bar.add_task(Path(path).name, total=len(dtypes) * len(forms) * plan.seeds)
+        for dtype in dtypes:
+            llm = LLM(path, dtype="bfloat16", kv_cache_dtype=dtype, max_model_len=plan.length + 128, max_num_seqs=8,
+                      enforce_eager=True, gpu_memory_utilization=0.3, seed=0)  # fmt: skip
+            tasks = Tasks(llm.get_tokenizer(), texts)
+            config = llm.llm_engine.vllm_config.model_config
+            for task in forms:
+                values = []
+                for seed in range(plan.seeds):
+                    bar.update(task_bar, description=f"{Path(path).name} served by vLLM: {dtype}, {task}", advance=1)
+                    tokens, questions = tasks.recall(seed, plan.length, task)
+                    prompts = [{"prompt_token_ids": tokens[: q.begin].tolist()} for q in questions]
+                    sampling = [
+                        SamplingParams(max_tokens=q.end - q.begin, temperature=0, ignore_eos=True) for q in questions
+                    ]
+                    answers = llm.generate(prompts, sampling, use_tqdm=False)
+                    values.append(
+                        {
+                            f"{q.depth:g}": int(list(a.outputs[0].token_ids) == tokens[q.begin : q.end].tolist())
+                            for q, a in zip(questions, answers, strict=True)
+                        }
+                    )
+                settings = {"length": plan.length, "seeds": plan.seeds, "task": task, "served": True}
+                method = known[dtype] if dtype in PRESETS else None
+                record = Records.new(Path(path).name, method, config.get_head_size(), "recall through vLLM", settings)
+                records.add(record | ({} if method else {"method": dtype}), values)
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            gc.collect()
