@@ -18,20 +18,23 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
-import typer
-from rich.console import Console
-from rich.table import Table
+sys.path[0] = str(Path(__file__).parents[1])  # not this folder, whose kernels.py would hide a package of that name
 
-from vllm_oscar.config import PAGE_TOKENS, WINDOW_TOKENS
-from vllm_oscar.format import PageFormat
-from vllm_oscar.ops import cpu
-from vllm_oscar.ops import reference as ops
+import torch  # noqa: E402
+import typer  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from vllm_oscar.config import PAGE_TOKENS, WINDOW_TOKENS  # noqa: E402
+from vllm_oscar.format import PageFormat  # noqa: E402
+from vllm_oscar.ops import cpu  # noqa: E402
+from vllm_oscar.ops import reference as ops  # noqa: E402
 
 DTYPE = torch.bfloat16
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check, then time, the attention and store kernels on a GPU.
 
-    python -m benchmarks.kernels --flash --output benchmarks/results/kernels.json
+    python benchmarks/kernels.py --flash --output benchmarks/results/kernels.json
 
 Times are CUDA-graph replays; caches rotate so that no launch finds its data in L2.
 A kernel whose output is wrong is not timed. Nothing is extrapolated.
@@ -13,17 +13,20 @@ import argparse
 import datetime
 import json
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch
+sys.path[0] = str(Path(__file__).parents[1])  # not this folder, where this file hides a package of its name
 
-from benchmarks import kernel_baselines as baselines
-from benchmarks.kernel_cases import Case, make_case, relative_error
-from vllm_oscar import reference
-from vllm_oscar.config import PAGE_TOKENS, PRESETS
-from vllm_oscar.format import PageFormat
-from vllm_oscar.ops import cuda
+import torch  # noqa: E402
+
+from benchmarks import kernel_baselines as baselines  # noqa: E402
+from benchmarks.kernel_cases import Case, make_case, relative_error  # noqa: E402
+from vllm_oscar import reference  # noqa: E402
+from vllm_oscar.config import PAGE_TOKENS, PRESETS  # noqa: E402
+from vllm_oscar.format import PageFormat  # noqa: E402
+from vllm_oscar.ops import cuda  # noqa: E402
 
 MODELS = {"qwen3-8b": (8, 4, 128), "llama-3.1-8b": (8, 4, 128), "qwen3-32b": (8, 8, 128), "d64": (8, 4, 64)}
 CASES = [
