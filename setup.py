@@ -29,7 +29,14 @@ X86_FLAGS = {
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"),
         *("-mprefer-vector-width=512", "-Wno-maybe-uninitialized", "-Wno-uninitialized"),  # GCC bug 105593
     ],
+    "multiply_avx512_bf16": ["-mavx512f", "-mavx512bf16"],
+    "multiply_amx": ["-mamx-tile", "-mamx-bf16"],
 }
+
+
+def accepts(compiler: str, flags: list[str]) -> bool:
+    command = [compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def cpu_commands(build: Path, output: Path) -> list[list[str]]:
@@ -45,6 +52,8 @@ def cpu_commands(build: Path, output: Path) -> list[list[str]]:
     for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
         target = build / (source.stem + ".o")
         isa = flags.get(source.stem, [])
+        if source.stem.startswith("multiply") and not accepts(compiler, isa):
+            isa = []  # an older compiler: the library does without
         commands.append([compiler, *common, *isa, *extra, "-c", str(source), "-o", str(target)])
         objects.append(str(target))
     return [*commands, [compiler, "-shared", "-fopenmp", *extra, *objects, "-o", str(output)]]

@@ -6,14 +6,13 @@
 #pragma once
 
 #include "decode.h"
-#include "dense.h"
+#include "dense_bf16.h"
 
 namespace {
 
 constexpr int kSplitPages = 16;   // pages of one decode item
-constexpr int kDecodeRows = 32;   // rows of a KV head up to which pages are read as integers
-constexpr float kLog2e = 1.44269504088896341f;
-constexpr int kDenseRows = 128;   // rows of one item otherwise
+constexpr int kDecodeRows = 128;  // rows of a KV head up to which pages are read as integers
+constexpr int kDenseRows = 256;   // rows of one item otherwise
 
 thread_local Scratch thread_scratch;
 
@@ -86,7 +85,8 @@ class Attention {
   size_t scratch_bytes() const {
     const auto pad = Scratch::padded;
     const int rows = max_rows_;
-    return decode_bytes(s, kMaxRows) + dense_bytes(s, rows) + 3 * pad(4 * rows * s.dim) + pad(64 * 4 * s.words);
+    return decode_bytes(s, kMaxRows) + dense_bytes(s, rows) + 3 * pad(4 * rows * s.dim) + Fp32Tiles::bytes(s) +
+           (multiply_bf16_of(a, false) ? Bf16Tiles::bytes(s, rows) : Fp32Tiles::bytes(s)) + pad(64 * 4 * s.words);
   }
 
   template <class Emit>
@@ -157,13 +157,13 @@ class Attention {
     merge(item);
   }
 
-  // Queries of an item, [row][dim], times the softmax scale: all logits are to base two.
-  void load_queries(const Item& item, const Request& q, float* out) const {
+  // Queries of an item, [row][dim], times `scale`: all logits are to base two.
+  void load_queries(const Item& item, const Request& q, float scale, float* out) const {
     for (int row = 0; row < item.rows; row++) {
       const int token = q.begin + (item.row0 + row) / group, head = item.head * group + (item.row0 + row) % group;
       load_token(offset(a.query, token * a.query_token + head * a.query_head, a.dtype), a.dtype, s.dim,
                  out + row * s.dim);
-      for (int i = 0; i < s.dim; i++) out[row * s.dim + i] *= a.scale * kLog2e;
+      for (int i = 0; i < s.dim; i++) out[row * s.dim + i] *= scale;
     }
   }
 
@@ -210,7 +210,7 @@ class Attention {
     DecodeState d = take_decode(thread_scratch, s, item.rows);
     for (int p = item.page0; p < min_of(item.page1, item.page0 + kGroupPages); p++)
       for (int64_t i = 0; i < a.page_bytes; i += 64) __builtin_prefetch(page(item, p) + i, 0, 2);
-    load_queries(item, q, plain);
+    load_queries(item, q, a.scale * kLog2e, plain);
     rotate(plain, a.hadamard, s.dim, item.rows, rotated);
     begin_decode(d, s, rotated);
     if (a.key_bits == 2) decode<2>(item, q, d);
@@ -220,10 +220,9 @@ class Attention {
     put_partial(item, rotated, d.maximum, d.total);
   }
 
-  // Ring and in-flight tokens that the rows of `item` may see. Staged in `keys` and `values`, or, for
-  // few rows, read where they are.
-  void attend_exact(const Item& item, const Request& q, const DenseState& d, const float* query, float* keys,
-                    float* values) const {
+  // Tiles of the ring and in-flight tokens that the rows of `item` may see.
+  template <class Attend>  // Attend(keys, values, count, visible), the first two by token
+  void attend_exact(const Item& item, const Request& q, Attend attend) const {
     const int held = q.context - q.ring_start;
     const int end = held + (item.row0 + item.rows - 1) / group + 1;
     for (int begin = 0; begin < end; begin += kTile) {
@@ -246,58 +245,70 @@ class Attention {
           value[i] = offset(a.value, token * a.value_token + item.head * a.value_head, a.dtype);
         }
       }
-      const auto visible = [&](int row) { return min_of(count, held + (item.row0 + row) / group + 1 - begin); };
-      if (!keys) {
-        token_tile(d, s, query, key, value, count, visible);
-        continue;
-      }
-      stage_keys(key, count, a.dtype, s.dim, keys);
-      stage_values(value, count, a.dtype, s.dim, values);
-      dense_tile(d, s, query, keys, values, count, visible);
+      attend(key, value, count, [&](int row) { return min_of(count, held + (item.row0 + row) / group + 1 - begin); });
     }
+  }
+
+  // The same for few rows, which read the tokens where they are.
+  void attend_in_place(const Item& item, const Request& q, const DenseState& d) const {
+    float* query = thread_scratch.take<float>(item.rows * s.dim);
+    load_queries(item, q, a.scale * kLog2e, query);
+    attend_exact(item, q, [&](const void* const* keys, const void* const* values, int count, auto visible) {
+      token_tile(d, s, query, keys, values, count, visible);
+    });
   }
 
   void exact_part(const Item& item) {
     const Request q(a, item.request);
-    float* query = thread_scratch.take<float>(item.rows * s.dim);
     DenseState d = take_dense(thread_scratch, s, item.rows);
     begin_dense(d, s);
-    load_queries(item, q, query);
-    attend_exact(item, q, d, query, nullptr, nullptr);
+    attend_in_place(item, q, d);
     put_partial(item, d.output, d.maximum, d.total);
   }
 
-  template <int BITS>
-  void dense_pages(const Item& item, const Request& q, const DenseState& d, const float* query, float* keys,
-                   float* values) const {
+  template <int BITS, class Tiles>
+  void dense_pages(const Item& item, const Request& q, Tiles& tiles) const {
     I* planes = thread_scratch.take<I>(4 * s.words);
+    float* keys = thread_scratch.take<float>(kTile * s.dim);
+    float* values = thread_scratch.take<float>(kTile * s.dim);
     for (int i = 0; i < q.pages; i++) {
       const int count = min_of(kPage, q.ring_start - i * kPage);
-      dequantize_page<BITS>(page(item, i), s, i == 0, count, planes, keys, values);
-      dense_tile(d, s, query, keys, values, count, [&](int) { return count; });
+      const TokenParams params(page(item, i), s, count);
+      dequantize_page<BITS, Tiles::kWholePages>(page(item, i), s, i == 0, count, params, planes, keys, values);
+      tiles.page(keys, values, params, count);
     }
   }
 
-  // Many rows, or no pages: dequantize each page once for all rows.
+  // Dequantize each page once for all rows.
+  template <class Tiles>
+  void attend_staged(const Item& item, const Request& q, const DenseState& d, Tiles tiles) const {
+    float* query = thread_scratch.take<float>(item.rows * s.dim);
+    load_queries(item, q, Tiles::kScaledQueries ? a.scale * kLog2e : 1.0f, query);
+    if (q.pages) {
+      float* rotated = thread_scratch.take<float>(item.rows * s.dim);
+      rotate(query, a.hadamard, s.dim, item.rows, rotated);
+      tiles.set_rotated_query(rotated);
+      if (a.key_bits == 2) dense_pages<2>(item, q, tiles);
+      else if (a.key_bits == 3) dense_pages<3>(item, q, tiles);
+      else dense_pages<4>(item, q, tiles);
+      rotate(d.output, a.hadamard_t, s.dim, item.rows, rotated);
+      memcpy(d.output, rotated, 4 * item.rows * s.dim);
+    }
+    tiles.set_query(query);
+    attend_exact(item, q, [&](const void* const* keys, const void* const* values, int count, auto visible) {
+      tiles.tokens(keys, values, count, visible);
+    });
+  }
+
+  // Many rows, or no pages.
   void everything(const Item& item) {
     const Request q(a, item.request);
-    float* query = thread_scratch.take<float>(item.rows * s.dim);
-    float* other = thread_scratch.take<float>(item.rows * s.dim);
-    const bool staged = q.pages || item.rows > kMaxRows;
-    float* keys = staged ? thread_scratch.take<float>(kTile * s.dim) : nullptr;
-    float* values = staged ? thread_scratch.take<float>(kTile * s.dim) : nullptr;
-    DenseState d = take_dense(thread_scratch, s, item.rows);
+    const DenseState d = take_dense(thread_scratch, s, item.rows);
     begin_dense(d, s);
-    load_queries(item, q, query);
-    if (q.pages) {
-      rotate(query, a.hadamard, s.dim, item.rows, other);
-      if (a.key_bits == 2) dense_pages<2>(item, q, d, other, keys, values);
-      else if (a.key_bits == 3) dense_pages<3>(item, q, d, other, keys, values);
-      else dense_pages<4>(item, q, d, other, keys, values);
-      rotate(d.output, a.hadamard_t, s.dim, item.rows, other);
-      memcpy(d.output, other, 4 * item.rows * s.dim);
-    }
-    attend_exact(item, q, d, query, keys, values);
+    if (!q.pages && item.rows <= kMaxRows) attend_in_place(item, q, d);
+    else if (const MultiplyBf16 multiply = multiply_bf16_of(a, q.pages))
+      attend_staged(item, q, d, Bf16Tiles(thread_scratch, s, d, multiply));
+    else attend_staged(item, q, d, Fp32Tiles(thread_scratch, s, d));
     for (int row = 0; row < item.rows; row++) finish(item, row, d.output + row * s.dim, d.total[row]);
   }
 

@@ -8,6 +8,7 @@
 namespace {
 
 constexpr int kTile = 128;  // tokens
+constexpr float kLog2e = 1.44269504088896341f;
 
 // ---- C[m][n] = A[m][k] B[k][n] (+ C); n is a multiple of 16 ---------------------------------------
 constexpr int kTileRows = kParts == 1 ? 6 : kParts == 2 ? 2 : 4;
@@ -124,7 +125,7 @@ inline void stage_values(const void* const* tokens, int count, int dtype, int di
 
 // ---- running softmax ------------------------------------------------------------------------------------
 struct DenseState {
-  int rows;
+  int rows;  // memory is there for a multiple of 16
   float *scores;           // [row][kTile]
   float *output;           // [row][dim], not normalised
   float *maximum, *total;  // [row]
@@ -132,28 +133,34 @@ struct DenseState {
 
 inline size_t dense_bytes(const Shape& s, int rows) {
   const auto pad = Scratch::padded;
-  return pad(4 * rows * kTile) + pad(4 * rows * s.dim) + 2 * pad(4 * rows) + 2 * pad(4 * kTile * s.dim);
+  const int padded = (rows + 15) / 16 * 16;
+  return pad(4 * padded * kTile) + pad(4 * padded * s.dim) + 2 * pad(4 * rows);
 }
 
 inline DenseState take_dense(Scratch& scratch, const Shape& s, int rows) {
   DenseState d;
   d.rows = rows;
-  d.scores = scratch.take<float>(rows * kTile);
-  d.output = scratch.take<float>(rows * s.dim);
+  const int padded = (rows + 15) / 16 * 16;
+  d.scores = scratch.take<float>(padded * kTile);
+  d.output = scratch.take<float>(padded * s.dim);
   d.maximum = scratch.take<float>(rows);
   d.total = scratch.take<float>(rows);
   return d;
 }
 
-inline void begin_dense(DenseState& d, const Shape& s) {
+inline void begin_dense(const DenseState& d, const Shape& s) {
   memset(d.output, 0, 4 * d.rows * s.dim);
   for (int row = 0; row < d.rows; row++) d.maximum[row] = -__builtin_inff(), d.total[row] = 0;
 }
 
+struct ScoresAreLogits {
+  OSCAR_INLINE F operator()(F x, int) const { return x; }
+};
+
 // Scores of a tile to probabilities relative to the running maximum. Row r reads tokens 0 ..
-// visible(r) - 1 of `count`.
-template <class Visible>
-inline void soften(const DenseState& d, const Shape& s, int count, Visible visible) {
+// visible(r) - 1 of `count`; logit(x, i) makes logits of the scores x of tokens i .. i + 15.
+template <class Visible, class Logit>
+inline void soften(const DenseState& d, const Shape& s, int count, Visible visible, Logit logit) {
   const int padded = (count + 15) / 16 * 16;
   const I index = lane_index();
   const F none = set_f(-__builtin_inff());
@@ -162,7 +169,7 @@ inline void soften(const DenseState& d, const Shape& s, int count, Visible visib
     const int seen = visible(row);
     F peak = none;
     for (int i = 0; i < padded; i += 16) {
-      const F x = select(less(index, set_i(seen - i)), load_f(scores + i), none);
+      const F x = select(less(index, set_i(seen - i)), logit(load_f(scores + i), i), none);
       store(scores + i, x);
       peak = max(peak, x);
     }
@@ -188,14 +195,46 @@ inline void soften(const DenseState& d, const Shape& s, int count, Visible visib
   }
 }
 
-// One tile, [dim][kTile] and [kTile][dim]; query: [row][dim], scaled.
-template <class Visible>
-inline void dense_tile(const DenseState& d, const Shape& s, const float* query, const float* keys, const float* values,
-                       int count, Visible visible) {
-  multiply(query, s.dim, keys, kTile, d.scores, kTile, d.rows, (count + 15) / 16 * 16, s.dim, false);
-  soften(d, s, count, visible);
-  multiply(d.scores, kTile, values, s.dim, d.output, s.dim, d.rows, s.dim, count, true);
-}
+// Tiles of tokens for many rows, with fp32 operands.
+class Fp32Tiles {
+ public:
+  static constexpr bool kScaledQueries = true, kWholePages = true;
+
+  static size_t bytes(const Shape& s) { return 2 * Scratch::padded(4 * kTile * s.dim); }
+
+  Fp32Tiles(Scratch& scratch, const Shape& shape, const DenseState& state)
+      : s(shape), d(state), keys_(scratch.take<float>(kTile * s.dim)), values_(scratch.take<float>(kTile * s.dim)) {}
+
+  // [row][dim], scaled, for the pages or the tokens that follow.
+  void set_rotated_query(const float* query) { query_ = query; }
+  void set_query(const float* query) { query_ = query; }
+
+  // A dequantized page, [dim][kTile] and [kTile][dim].
+  void page(const float* keys, const float* values, const TokenParams&, int count) const {
+    attend(keys, values, count, [&](int) { return count; });
+  }
+
+  // Tokens of the model, wherever they are.
+  template <class Visible>
+  void tokens(const void* const* keys, const void* const* values, int count, Visible visible) const {
+    stage_keys(keys, count, s.args.dtype, s.dim, keys_);
+    stage_values(values, count, s.args.dtype, s.dim, values_);
+    attend(keys_, values_, count, visible);
+  }
+
+ private:
+  template <class Visible>
+  void attend(const float* keys, const float* values, int count, Visible visible) const {
+    multiply(query_, s.dim, keys, kTile, d.scores, kTile, d.rows, (count + 15) / 16 * 16, s.dim, false);
+    soften(d, s, count, visible, ScoresAreLogits());
+    multiply(d.scores, kTile, values, s.dim, d.output, s.dim, d.rows, s.dim, count, true);
+  }
+
+  const Shape& s;
+  const DenseState& d;
+  float *keys_, *values_;
+  const float* query_ = nullptr;
+};
 
 // ---- few rows: tokens are read where they are -----------------------------------------------------------
 // Of four tokens from `begin` on, to read soon.
@@ -281,7 +320,7 @@ inline void token_tile(const DenseState& d, const Shape& s, const float* query, 
                        : s.args.dtype == OSCAR_FP16 ? token_products<OSCAR_FP16>
                                                     : token_products<OSCAR_FP32>;
   product(d, s.dim, query, keys, values, count);
-  soften(d, s, count, visible);
+  soften(d, s, count, visible, ScoresAreLogits());
   product(d, s.dim, nullptr, keys, values, count);
 }
 

@@ -2,6 +2,7 @@
 // The C ABI: picks the instruction set, and the operation that is only copies.
 #include <cstring>
 
+#include "multiply.h"
 #include "oscar_cpu.h"
 
 extern "C" int32_t oscar_cpu_isas() {
@@ -11,8 +12,11 @@ extern "C" int32_t oscar_cpu_isas() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
     isas |= 1 << OSCAR_AVX2;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) {
     isas |= 1 << OSCAR_AVX512;
+    if (oscar_has_avx512_bf16()) isas |= 1 << OSCAR_AVX512_BF16;
+    if (oscar_has_amx()) isas |= 1 << OSCAR_AMX;
+  }
 #endif
   return isas;
 }
@@ -21,7 +25,7 @@ extern "C" int32_t oscar_cpu_args_size() { return sizeof(OscarArgs); }
 
 static const OscarKernels& kernels(int32_t isa) {
 #if defined(__x86_64__)
-  if (isa == OSCAR_AVX512) return oscar_kernels_avx512;
+  if (isa >= OSCAR_AVX512) return oscar_kernels_avx512;
   if (isa == OSCAR_AVX2) return oscar_kernels_avx2;
 #endif
   return oscar_kernels_portable;

@@ -10,7 +10,7 @@ extern "C" {
 
 enum OscarDtype : int32_t { OSCAR_FP32 = 0, OSCAR_BF16 = 1, OSCAR_FP16 = 2 };
 enum OscarNorm : int32_t { OSCAR_NORM_NONE = 0, OSCAR_NORM_HEAD = 1, OSCAR_NORM_JOINT = 2 };
-enum OscarIsa : int32_t { OSCAR_PORTABLE = 0, OSCAR_AVX2 = 1, OSCAR_AVX512 = 2 };
+enum OscarIsa : int32_t { OSCAR_PORTABLE = 0, OSCAR_AVX2 = 1, OSCAR_AVX512 = 2, OSCAR_AVX512_BF16 = 3, OSCAR_AMX = 4 };
 
 // One description of a step serves the three operations; each reads what it needs.
 // Tensor strides count elements, strides of pages and ring count bytes.

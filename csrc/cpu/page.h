@@ -187,14 +187,28 @@ OSCAR_INLINE void key_codes(const I* planes, int words, int half, int k, int r, 
 }
 
 // ---- the whole page, for many query rows --------------------------------------------------------
-// keys: [dim][128] (transposed), values: [128][dim], rotated space. Tokens from `count` on are zero.
-template <int BITS>
-inline void dequantize_page(const uint8_t* page, const Shape& s, bool first, int count, I* planes, float* keys,
-                            float* values) {
+// What a page has per token: key norms, and value scales and zeros [group][token].
+struct TokenParams {
   alignas(64) float norms[kPage], v_scale[kMaxValueGroups * kPage], v_zero[kMaxValueGroups * kPage];
-  load_norms(page, s, norms);
-  load_value_params(page, s, kPage, v_scale, v_zero);
-  for (int i = count; i < kPage; i++) norms[i] = 0;
+
+  // Tokens from `count` on are zero.
+  TokenParams(const uint8_t* page, const Shape& s, int count) {
+    load_norms(page, s, norms);
+    load_value_params(page, s, kPage, v_scale, v_zero);
+    for (int i = count; i < kPage; i++) {
+      norms[i] = 0;
+      for (int group = 0; group < s.value_groups; group++) v_scale[group * kPage + i] = v_zero[group * kPage + i] = 0;
+    }
+  }
+};
+
+constexpr float kMiddleCode = 1.5f;  // of values
+
+// keys: [dim][128] (transposed), values: [128][dim], rotated space. Tokens from `count` on are zero.
+// Without WHOLE, keys lack their norms and values are codes less kMiddleCode.
+template <int BITS, bool WHOLE>
+inline void dequantize_page(const uint8_t* page, const Shape& s, bool first, int count, const TokenParams& params,
+                            I* planes, float* keys, float* values) {
   Quads scale, zero;
   int loaded = -1;
   const I index = lane_index();
@@ -211,7 +225,7 @@ inline void dequantize_page(const uint8_t* page, const Shape& s, bool first, int
       }
       for (int r = 0; r < 2; r++) {
         const int token = begin + 16 * r;
-        const F norm = load_f(norms + token);
+        const F norm = WHOLE ? load_f(params.norms + token) : set_f(1.0f);
         const I valid = less(index, set_i(count - token));
         for (int k = 0; k < s.words / 2; k++) {
           I c[2][2];  // [j1][j0]
@@ -234,7 +248,7 @@ inline void dequantize_page(const uint8_t* page, const Shape& s, bool first, int
   if (first && s.args.exact_first_key && count) {
     Quads exact;
     load_quads(page + s.args.k_params + 2 * s.dim * s.args.key_param_bytes, 2, s, exact);
-    for (int c = 0; c < s.dim; c++) keys[c * kPage] = exact.v[s.place[c]] * norms[0];
+    for (int c = 0; c < s.dim; c++) keys[c * kPage] = exact.v[s.place[c]] * (WHOLE ? params.norms[0] : 1.0f);
   }
 
   // A word has one channel of tokens 16r + 8*j1 + 2t + half in slots (half, r, j1, j0).
@@ -249,10 +263,10 @@ inline void dequantize_page(const uint8_t* page, const Shape& s, bool first, int
           for (int g = 0; g < 8; g++) memcpy(lanes + g, p + ((4 * g + t) * width + i) * 4, 4);
           for (int g = 0; g < 8; g++) lanes[g + 8] = lanes[g] >> 2;
           const I w = load_i(lanes);
-          const float *vs = v_scale + group * kPage, *vz = v_zero + group * kPage;
+          const float *vs = params.v_scale + group * kPage, *vz = params.v_zero + group * kPage;
           const auto put = [&](int token, I codes) {
-            F v = zero_f();
-            if (token < count) v = fma(to_float(codes & set_i(3)), set_f(vs[token]), set_f(vz[token]));
+            F v = to_float(codes & set_i(3));
+            v = WHOLE ? fma(v, set_f(vs[token]), set_f(vz[token])) : v - set_f(kMiddleCode);
             store(values + token * s.dim + channel, v);
           };
           const int token = 32 * block + 2 * t;

@@ -557,7 +557,12 @@ OSCAR_INLINE float from_e4m3(uint8_t x) {
   return out[0];
 }
 
-// Sixteen lanes to bf16 or fp16, ties to even, as scalars do.
+// A number rounded to bf16, ties to even, in the high half of each lane; the low half is undefined.
+OSCAR_INLINE I round_to_bf16(F a) {
+  const I u = bits(a), odd = shift_right<16>(u) & set_i(1);
+  return select(ordered(a), u + set_i(0x7fff) + odd, u | set_i(0x400000));
+}
+// Scalars to bf16 or fp16, ties to even.
 inline uint16_t to_bf16(float x) {
   uint32_t u;
   memcpy(&u, &x, 4);

@@ -25,7 +25,7 @@ LIBRARY = Path(__file__).resolve().parent.parent / "lib" / "oscar_cpu.so"
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NORMS = {NormScope.NONE: 0, NormScope.HEAD: 1, NormScope.JOINT: 2}
-_ISAS = ("portable", "avx2", "avx512")  # in the order of preference, worst first
+_ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")  # in the order of preference, worst first
 
 
 class _Args(ctypes.Structure):
