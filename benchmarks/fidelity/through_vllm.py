@@ -30,6 +30,11 @@ class Plan:
     chunk: int
 
 
+def _memory() -> dict[str, int]:
+    """On a GPU: a fixed size for the cache, so that several measurements can run there side by side."""
+    return {"kv_cache_memory_bytes": 1 << 30} if torch.cuda.is_available() else {}
+
+
 class Engine:
     """A vLLM engine in this process, whose last hidden states can be read."""
 
@@ -49,6 +54,7 @@ class Engine:
             enable_prefix_caching=False,
             enforce_eager=True,
             gpu_memory_utilization=0.3,
+            **_memory(),
             seed=0,
         )
         self.tokenizer = self.llm.get_tokenizer()
@@ -67,6 +73,10 @@ class Engine:
         prompt = {"prompt_token_ids": tokens.tolist()}
         self.llm.generate(prompt, SamplingParams(max_tokens=1, temperature=0), use_tqdm=False)
         return torch.cat(self._rows)[: len(tokens)].cpu()
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.lm_head.weight.device
 
     @torch.no_grad()
     def log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -102,6 +112,7 @@ def measure(
             for (task, name), (tokens, questions) in prompts.items():
                 hidden = engine.hidden(tokens)
                 if task == "text":
+                    tokens = tokens.to(engine.device)
                     values = measures.compare(engine.log_probs, tokens, exact.setdefault(name, hidden), hidden)
                 else:
                     values = measures.right_answers(engine.log_probs, hidden, tokens, questions)
@@ -136,7 +147,7 @@ def measure_served(
         task_bar = bar.add_task(Path(path).name, total=len(dtypes) * len(forms) * plan.seeds)
         for dtype in dtypes:
             llm = LLM(path, dtype="bfloat16", kv_cache_dtype=dtype, max_model_len=plan.length + 128, max_num_seqs=8,
-                      enforce_eager=True, gpu_memory_utilization=0.3, seed=0)  # fmt: skip
+                      enforce_eager=True, gpu_memory_utilization=0.3, **_memory(), seed=0)  # fmt: skip
             tasks = Tasks(llm.get_tokenizer(), texts)
             config = llm.llm_engine.vllm_config.model_config
             for task in forms:
