@@ -327,6 +327,11 @@ def test_stored_pages_match_the_reference(preset, dim, on_isa):
         got, want = pages[touched], expected[touched]
         # Sums in another order put what is on a rounding tie on the other side: a few parameters
         # by one unit, a few codes by one step. Nothing else may differ.
+        if fmt.config.exact_first_key:  # a tie of its norm moves all of it
+            place = fmt.first_key.slice
+            a, b = (x[first][..., place].contiguous().view(torch.float16).float() for x in (got, want))
+            assert (a - b).norm() < 1e-3 * b.norm()
+            got[first, :, place] = want[first, :, place]
         for name, section in fmt.sections.items():
             differing = (got[..., section.slice] != want[..., section.slice]).float()
             if differing.numel():

@@ -304,33 +304,33 @@ OSCAR_INLINE void deinterleave(V a, V b, V& even, V& odd) {
   memcpy(&odd, to[1], 64);
 #endif
 }
-// Lanes 0, 2, 4, ..., 14, 1, 3, ..., 15.
+// Lane i is lane from[i] of a.
+template <class V>
+OSCAR_INLINE V permute(V a, const int32_t (&from)[kLanes]) {
+#if defined(__AVX512F__)
+  a.v[0] = (decltype(a.v[0] + a.v[0]))_mm512_permutexvar_epi32(_mm512_loadu_si512(from), (__m512i)a.v[0]);
+#else
+  int32_t x[kLanes], y[kLanes];
+  store(x, a);
+  for (int i = 0; i < kLanes; i++) y[i] = x[from[i]];
+  memcpy(&a, y, 64);
+#endif
+  return a;
+}
 template <class V>
 OSCAR_INLINE V even_then_odd(V a) {
-#if defined(__AVX512F__)
-  const __m512i index = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
-  a.v[0] = (decltype(a.v[0] + a.v[0]))_mm512_permutexvar_epi32(index, (__m512i)a.v[0]);
-  return a;
-#else
-  int32_t from[16], to[16];
-  store(from, a);
-  for (int i = 0; i < 8; i++) to[i] = from[2 * i], to[8 + i] = from[2 * i + 1];
-  memcpy(&a, to, 64);
-  return a;
-#endif
+  static constexpr int32_t kFrom[kLanes] = {0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15};
+  return permute(a, kFrom);
 }
-// In both halves of every eight lanes: lanes 0, 2, 4, 6, 1, 3, 5, 7.
+// The same within each half.
 OSCAR_INLINE I even_then_odd_by_8(I a) {
-#if defined(__AVX512F__)
-  const __m512i index = _mm512_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
-  a.v[0] = (NativeI)_mm512_permutexvar_epi32(index, (__m512i)a.v[0]);
-  return a;
-#else
-  int32_t from[16], to[16];
-  store(from, a);
-  for (int i = 0; i < 16; i++) to[i] = from[(i & 8) + 2 * (i & 3) + ((i >> 2) & 1)];
-  return load_i(to);
-#endif
+  static constexpr int32_t kFrom[kLanes] = {0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15};
+  return permute(a, kFrom);
+}
+// Lane 4i + j becomes lane 4j + i.
+OSCAR_INLINE I transpose_quarters(I a) {
+  static constexpr int32_t kFrom[kLanes] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+  return permute(a, kFrom);
 }
 // Every lane twice: 0, 0, 2, 2, 4, 4, ... (ODD: 1, 1, 3, 3, ...).
 template <bool ODD>
@@ -408,19 +408,6 @@ OSCAR_INLINE I gather_pairs(const uint8_t* p, const uint8_t* q, int64_t stride) 
   return r;
 #else
   return load_i(x);
-#endif
-}
-// Lane 4i + j becomes lane 4j + i.
-OSCAR_INLINE I transpose_quarters(I a) {
-#if defined(__AVX512F__)
-  const __m512i index = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  a.v[0] = (NativeI)_mm512_permutexvar_epi32(index, (__m512i)a.v[0]);
-  return a;
-#else
-  int32_t from[kLanes], to[kLanes];
-  store(from, a);
-  for (int i = 0; i < kLanes; i++) to[i] = from[4 * (i & 3) + (i >> 2)];
-  return load_i(to);
 #endif
 }
 // p[0] .. p[3] in the lower two quarters of the lanes, q[0] .. q[3] in the upper.
