@@ -30,33 +30,39 @@ class Plan:
     chunk: int
 
 
-def _memory() -> dict[str, int]:
-    """On a GPU: a fixed size for the cache, so that several measurements can run there side by side."""
-    return {"kv_cache_memory_bytes": 1 << 30} if torch.cuda.is_available() else {}
+def start(path: str, dtype: str, plan: Plan, **options):
+    """A vLLM engine in this process."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM
+
+    return LLM(path, dtype="bfloat16", kv_cache_dtype=dtype, max_model_len=plan.length + 128, enforce_eager=True,
+               kv_cache_memory_bytes=1 << 30, seed=0, **options)  # fmt: skip
+
+
+def stop(llm) -> None:
+    llm.llm_engine.engine_core.shutdown()
+    gc.collect()
+
+
+def new_record(path: str, dtype: str, llm, measure: str, settings: dict) -> dict:
+    """``dtype``: a KV-cache dtype of vLLM's or a preset."""
+    method = methods.registry()[dtype] if dtype in PRESETS else None
+    head_dim = llm.llm_engine.vllm_config.model_config.get_head_size()
+    record = Records.new(Path(path).name, method, head_dim, f"{measure} through vLLM", settings)
+    return record if method else record | {"method": dtype}
+
+
+def with_auto(dtypes: list[str]) -> list[str]:
+    """``auto`` first, as the reference."""
+    return ["auto", *(d for d in dtypes if d != "auto")]
 
 
 class Engine:
-    """A vLLM engine in this process, whose last hidden states can be read."""
+    """A vLLM engine whose last hidden states can be read."""
 
     def __init__(self, path: str, dtype: str, plan: Plan):
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the hook must see the model
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        from vllm import LLM
-
-        self.llm = LLM(
-            path,
-            dtype="bfloat16",
-            kv_cache_dtype=dtype,
-            max_model_len=plan.length + 128,
-            max_num_seqs=1,
-            max_num_batched_tokens=plan.chunk,
-            enable_chunked_prefill=True,
-            enable_prefix_caching=False,
-            enforce_eager=True,
-            gpu_memory_utilization=0.3,
-            **_memory(),
-            seed=0,
-        )
+        self.llm = start(path, dtype, plan, max_num_seqs=1, max_num_batched_tokens=plan.chunk,
+                         enable_chunked_prefill=True, enable_prefix_caching=False)  # fmt: skip
         self.tokenizer = self.llm.get_tokenizer()
         self._rows: list[torch.Tensor] = []
         self.llm.apply_model(self._attach)
@@ -85,17 +91,15 @@ class Engine:
 
     def close(self) -> None:
         self._model = None
-        self.llm.llm_engine.engine_core.shutdown()
+        stop(self.llm)
         del self.llm
-        gc.collect()
 
 
 def measure(
     models: list[str], dtypes: list[str], forms: list[str], plan: Plan, texts: list[str], records: Records, bar
 ) -> None:
-    """Text and recall of every dtype on every model; ``auto`` first, as the reference."""
-    known = methods.registry()
-    dtypes = ["auto", *(d for d in dtypes if d != "auto")]
+    """Text and recall of every dtype on every model."""
+    dtypes = with_auto(dtypes)
     for path in models:
         exact: dict[str, torch.Tensor] = {}
         task_bar = bar.add_task(Path(path).name, total=len(dtypes))
@@ -117,15 +121,9 @@ def measure(
                 else:
                     values = measures.right_answers(engine.log_probs, hidden, tokens, questions)
                 found.setdefault(task, []).append(values)
-            method = known[dtype] if dtype in PRESETS else None
-            config = engine.llm.llm_engine.vllm_config.model_config
             for task, values in found.items():
-                settings = asdict(plan) | ({} if task == "text" else {"task": task})
-                kind = "text through vLLM" if task == "text" else "recall through vLLM"
-                record = Records.new(Path(path).name, method, config.get_head_size(), kind, settings)
-                if method is None:
-                    record["method"] = dtype
-                records.add(record, values)
+                measure, extra = ("text", {}) if task == "text" else ("recall", {"task": task})
+                records.add(new_record(path, dtype, engine.llm, measure, asdict(plan) | extra), values)
             engine.close()
             bar.advance(task_bar)
 
@@ -137,19 +135,14 @@ def measure_served(
 
     A document's questions follow each other at its end, so that each prompt extends the one before.
     """
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    known = methods.registry()
-    dtypes = ["auto", *(d for d in dtypes if d != "auto")]
+    dtypes = with_auto(dtypes)
     for path in models:
         task_bar = bar.add_task(Path(path).name, total=len(dtypes) * len(forms) * plan.seeds)
         for dtype in dtypes:
-            llm = LLM(path, dtype="bfloat16", kv_cache_dtype=dtype, max_model_len=plan.length + 128, max_num_seqs=8,
-                      enforce_eager=True, gpu_memory_utilization=0.3, **_memory(), seed=0)  # fmt: skip
+            llm = start(path, dtype, plan, max_num_seqs=8)
             tasks = Tasks(llm.get_tokenizer(), texts)
-            config = llm.llm_engine.vllm_config.model_config
             for task in forms:
                 values = []
                 for seed in range(plan.seeds):
@@ -167,9 +160,6 @@ def measure_served(
                         }
                     )
                 settings = {"length": plan.length, "seeds": plan.seeds, "task": task, "served": True}
-                method = known[dtype] if dtype in PRESETS else None
-                record = Records.new(Path(path).name, method, config.get_head_size(), "recall through vLLM", settings)
-                records.add(record | ({} if method else {"method": dtype}), values)
-            llm.llm_engine.engine_core.shutdown()
+                records.add(new_record(path, dtype, llm, "recall", settings), values)
+            stop(llm)
             del llm
-            gc.collect()
