@@ -29,6 +29,11 @@ class Replay:
             model_path, dtype=torch.float32, attn_implementation="oscar_replay"
         ).eval()
         self.fmt = PageFormat.preset(preset, self.model.config.head_dim)
+        self.add_noise(0.0, 0)
+
+    def add_noise(self, relative: float, seed: int) -> None:
+        """From now on the codec gets keys with this relative noise."""
+        self.noise, self.generator = relative, torch.Generator().manual_seed(seed)
 
     @torch.inference_mode()
     def request(self, tokens: list[int], chunks: list[list[int]], donor: list[dict] | None = None):
@@ -85,7 +90,9 @@ class Replay:
         for begin in range(len(state["coded_key"]), len(state["key"]) - BLOCK + 1, BLOCK):
             block = slice(begin, begin + BLOCK)
             first = torch.tensor([begin == 0])
-            page = encode_pages(state["key"][None, block], state["value"][None, block], self.fmt, first)
+            keys = state["key"][None, block]
+            keys = keys * (1 + self.noise * torch.randn(keys.shape, generator=self.generator))
+            page = encode_pages(keys, state["value"][None, block], self.fmt, first)
             key, value = decode_pages(page, self.fmt, first)
             state["coded_key"] = torch.cat([state["coded_key"], key[0]])
             state["coded_value"] = torch.cat([state["coded_value"], value[0]])
