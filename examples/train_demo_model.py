@@ -30,10 +30,17 @@ run side by side on one GPU.
     python train_demo_model.py train models/lab-64 --tokenizer TOK --layers 6 --hidden 384 \\
         --heads 8 --kv-heads 4 --head-dim 64 --intermediate 704 --minutes 6.8
 
+    # lab-qk128-32m and lab-64-28m: the same layouts, larger
+    python train_demo_model.py train models/lab-qk128-32m --tokenizer TOK --qk-norm --layers 8 --hidden 512 \\
+        --heads 8 --kv-heads 2 --head-dim 128 --intermediate 1408 --lr 1.5e-3 --minutes 3.4
+    python train_demo_model.py train models/lab-64-28m --tokenizer TOK --layers 8 --hidden 512 \\
+        --heads 8 --kv-heads 4 --head-dim 64 --intermediate 1408 --lr 1.5e-3 --minutes 3.4
+
 Timings on one H200 with 16 CPU cores: `prepare` 18 s.  stage1, lab-qk128 and lab-64 ran side by side for the 6.8
 minutes given, 428, 204 and 261 million tokens; the first 20 s of these went into compiling, the measurements after
 them took another 20 s.  The last stage of demo_model ran alone (116 million tokens in 1.2 minutes, of which 25 s
-for 100 MB of text and compiling).  All but this last stage ran before facts at the very start of a sample were added.
+for 100 MB of text and compiling).  The two larger ones ran side by side for 3.4 minutes, 73 and 98 million tokens, with
+130 MB of text (18 s).  The first three ran before facts at the very start of a sample were added.
 
 A run that was interrupted goes on from its checkpoint when started again with the same output folder.  `evaluate
 MODEL` repeats the final measurements.  Needs torch, numpy, safetensors, tokenizers, typer, tqdm, transformers.
