@@ -5,7 +5,8 @@
     python benchmarks/vllm_gpu.py speed --json benchmarks/results/vllm-h200.json
 
 ``check`` uses the demo model: with the lossless codec, logprobs equal those of ``auto``;
-with INT2, the facts of its recall prompts come back, eager and with CUDA graphs.
+with INT2, the facts of its recall prompts come back: eager, with full and piecewise
+CUDA graphs, under both model runners and with n-gram speculation.
 ``speed`` uses a model of Qwen3-8B's shape with dummy weights (speed and memory are
 real, text means nothing). Each engine runs in a process of its own.
 """
@@ -129,12 +130,18 @@ def run_job(spec: dict) -> None:
     Path(spec["result"]).write_text(json.dumps(result))
 
 
-def engine(job: str, arguments: dict, timeout: float, lossless: bool = False, **options) -> dict | None:
+def settings(environment: dict | None) -> dict[str, str]:
+    """Environment of an engine: this one, without what an earlier engine or a shell may have chosen."""
+    chosen = ("VLLM_OSCAR_CODEC", "VLLM_USE_V2_MODEL_RUNNER")
+    kept = {name: value for name, value in os.environ.items() if name not in chosen}
+    return {**kept, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(environment or {})}  # a process is the engine's own
+
+
+def engine(job: str, arguments: dict, timeout: float, environment: dict | None = None, **options) -> dict | None:
     """Run ``job`` in a fresh engine; None, with the end of its log, if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         spec = {"job": job, "arguments": arguments, "engine": options, "result": f"{folder}/result.json"}
-        environment = {**os.environ, "VLLM_OSCAR_CODEC": "lossless" if lossless else "oscar"}
-        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # this process is the engine's own already
+        environment = settings(environment)
         environment["PYTHONPATH"] = f"{ROOT}:{environment.get('PYTHONPATH', '')}"
         with open(f"{folder}/log", "w") as log:
             try:
@@ -152,16 +159,19 @@ def engine(job: str, arguments: dict, timeout: float, lossless: bool = False, **
         return None
 
 
-def engine_here(job: str, arguments: dict, lossless: bool = False, **options) -> dict | None:
+def engine_here(job: str, arguments: dict, environment: dict | None = None, **options) -> dict | None:
     """The same in this process; None, with the traceback, if it fails."""
     import gc
     import traceback
 
     import torch
 
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_OSCAR_CODEC": "lossless" if lossless else "oscar"}
-    from vllm import LLM
+    environment = settings(environment)
+    os.environ.clear()
+    os.environ.update(environment)
+    from vllm import LLM, envs
 
+    envs.disable_envs_cache()
     llm = None
     start = time.perf_counter()
     try:
@@ -204,11 +214,17 @@ def check(
     """Correctness through vLLM on this GPU."""
     common = dict(model=str(model), max_model_len=4096, kv_cache_memory_bytes=1 << 30, max_num_seqs=16,
                   gpu_memory_utilization=0.5)  # fmt: skip
+    oscar = dict(kv_cache_dtype="oscar")
+    drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}
     runs = {
         "auto": dict(enforce_eager=True),
-        "oscar lossless": dict(kv_cache_dtype="oscar", lossless=True, enforce_eager=True),
-        "oscar eager": dict(kv_cache_dtype="oscar", enforce_eager=True),
-        "oscar graphs": dict(kv_cache_dtype="oscar"),
+        "oscar lossless": dict(oscar, environment={"VLLM_OSCAR_CODEC": "lossless"}, enforce_eager=True),
+        "oscar eager": dict(oscar, enforce_eager=True),
+        "oscar graphs": oscar,
+        "oscar V1 runner, piecewise graphs": dict(
+            oscar, environment={"VLLM_USE_V2_MODEL_RUNNER": "0"}, compilation_config={"cudagraph_mode": "PIECEWISE"}
+        ),
+        "oscar n-gram drafts": dict(oscar, speculative_config=drafts, enforce_eager=True),
     }
     results = {}
     for name, options in runs.items():
