@@ -116,6 +116,7 @@ __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kC
   extern __shared__ __align__(128) uint8_t raw[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
   const int g = lane >> 2, t = lane & 3;
+  PageBuffer<Layout>::init(reinterpret_cast<WarpShared<Layout>*>(raw)[warp].barriers, lane);  // need not wait
   wait_for_previous_grid();
   launch_dependents();  // only now: the combine kernel, which waits for this one, may read what others wrote before
 
@@ -128,6 +129,7 @@ __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kC
     shared.next = shared.now = share.cursor;
     shared.rank = global_warp;
   }
+  __syncwarp();
   PageBuffer<Layout> buffer(shared.page, shared.barriers, lane);
   Producer next(p, &shared.next, left, kRows, lane);
 

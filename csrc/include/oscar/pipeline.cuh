@@ -23,8 +23,8 @@ class PageBuffer {
   static constexpr int kBytes = Layout::kPageBytes + kParamBytes;
   static constexpr int kBarriers = 2;
 
-  OSCAR_DEVICE PageBuffer(uint8_t* buffer, uint64_t* barriers, int lane)
-      : buffer_(buffer), keys_(shared_address(barriers)), values_(shared_address(barriers + 1)), lane_(lane) {
+  // Once, before the buffer is made.
+  OSCAR_DEVICE static void init(uint64_t* barriers, int lane) {
     if (lane == 0) {
       CopyBarrier::init(barriers);
       CopyBarrier::init(barriers + 1);
@@ -32,6 +32,9 @@ class PageBuffer {
     }
     __syncwarp();
   }
+
+  OSCAR_DEVICE PageBuffer(uint8_t* buffer, uint64_t* barriers, int lane)
+      : buffer_(buffer), keys_(shared_address(barriers)), values_(shared_address(barriers + 1)), lane_(lane) {}
 
   // Fetch the keys and parameters of `page`; the key codes in the buffer must be done with.
   OSCAR_DEVICE void fill_keys(const uint8_t* page) {
@@ -54,9 +57,8 @@ class PageBuffer {
 
   OSCAR_DEVICE void wait_keys() {
     CopyBarrier::wait(keys_, keys_phase_);
+    params_ = buffer_ + keys_phase_ * kParamBytes;  // phases and places alternate alike
     keys_phase_ ^= 1;
-    params_ = buffer_ + read_ * kParamBytes;
-    read_ ^= 1;
   }
 
   OSCAR_DEVICE void wait_values() {
@@ -73,7 +75,7 @@ class PageBuffer {
   uint8_t* params_ = nullptr;
   uint32_t keys_, values_;
   int lane_;
-  int fill_ = 0, read_ = 0;
+  int fill_ = 0;
   uint32_t keys_phase_ = 0, values_phase_ = 0;
 };
 

@@ -167,8 +167,10 @@ OSCAR_DEVICE Share find_share(const AttentionParams& p, int block_rows, int warp
   share.count = 0;
   const int active = min(total, warps);
   if (warp >= active) return share;
-  const int begin = static_cast<int>(static_cast<int64_t>(total) * warp / active);
-  share.count = static_cast<int>(static_cast<int64_t>(total) * (warp + 1) / active) - begin;
+  // total * warp / active without a 64-bit division, which takes 0.3 us.
+  const unsigned each = static_cast<unsigned>(total) / active, rest = total - each * active;
+  const int begin = each * warp + rest * warp / active;
+  share.count = each * (warp + 1) + rest * (warp + 1) / active - begin;
 
   int before = 0;  // units of the requests before `base`
   for (int base = 0;; base += 32) {
@@ -185,11 +187,11 @@ OSCAR_DEVICE Share find_share(const AttentionParams& p, int block_rows, int warp
       Cursor& c = share.cursor;
       c.index = base + found;
       c.request = Request(p, c.index, block_rows);
-      int rest = begin - before - __shfl_sync(kFullWarp, upto - own, found);
-      c.unit = rest % c.request.units;
-      rest /= c.request.units;
-      c.row_block = rest % c.request.row_blocks;
-      c.head = rest / c.request.row_blocks;
+      int inside = begin - before - __shfl_sync(kFullWarp, upto - own, found);
+      c.unit = inside % c.request.units;
+      inside /= c.request.units;
+      c.row_block = inside % c.request.row_blocks;
+      c.head = inside / c.request.row_blocks;
       return share;
     }
     before += __shfl_sync(kFullWarp, upto, 31);
