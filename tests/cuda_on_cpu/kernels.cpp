@@ -29,7 +29,7 @@ void attend(const OscarAttentionArgs& args) {
   std::memset(raw, 0xff, sizeof(raw));
   emulator::launch({kBlocks}, 32 * kWarps, [&] { decode_kernel<Layout, NTiles>(p); });
   std::memset(raw, 0xff, sizeof(raw));
-  emulator::launch({static_cast<unsigned>(segments), static_cast<unsigned>(p.slot_rows)}, 32 * kCombine,
+  emulator::launch({static_cast<unsigned>(segments), static_cast<unsigned>(p.slot_rows), 2}, 32 * kCombine,
                    [&] { combine_kernel<Layout::kHeadDim>(p, 8 * NTiles); });
 }
 

@@ -92,13 +92,17 @@ int launch_attention(const AttentionParams& params, const LaunchShape& shape, cu
   OSCAR_TRY(launch_overlapping(decode_kernel<Layout, NTiles>, dim3(shape.blocks), 32 * shape.warps, shared, stream,
                                params));
 
-  // Half as many warps as an average row has partial results, a power of two.
+  // As many blocks as there are multiprocessors, if they have channels enough to share.
+  int lanes = std::min(Layout::kHeadDim / kCombineChannels, 32);
+  const auto split = [&] { return Layout::kHeadDim / kCombineChannels / lanes; };
+  while (lanes > kLeastCombineLanes && 2 * split() * shape.segments * shape.slot_rows <= shape.blocks) lanes /= 2;
+  // A group of lanes for every two partial results of an average row; a power of two of warps.
   const int64_t results = 2 + static_cast<int64_t>(shape.blocks) * shape.warps / shape.segments;
-  int warps = 2;
-  while (warps < combine_warps(Layout::kHeadDim) && 4 * warps <= results) warps *= 2;
+  int warps = 1;
+  while (warps < kCombineWarps && 4 * warps * (32 / lanes) <= results) warps *= 2;
   return launch_overlapping(combine_kernel<Layout::kHeadDim>,
-                            dim3(static_cast<unsigned>(shape.segments), shape.slot_rows), 32 * warps,
-                            warps * static_cast<int>(sizeof(CombineShared<Layout::kHeadDim>)), stream, params,
+                            dim3(static_cast<unsigned>(shape.segments), shape.slot_rows, split()), 32 * warps,
+                            warps * static_cast<int>(sizeof(CombineShared)), stream, params,
                             8 * NTiles);
 }
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Combine the partial results of a query row: one block per (segment, row).
+// Combine the partial results of a query row: one block per (segment, row, channels). With few
+// rows several blocks share the channels of each, since one multiprocessor reads them slowly.
 #pragma once
 
-#include "oscar/hadamard.cuh"
 #include "oscar/schedule.cuh"
 #include "oscar/softmax.cuh"
 
@@ -14,34 +14,52 @@ struct RowSlots {
   OSCAR_DEVICE int operator[](int i) const { return i < page_count ? page_first + i : exact_first + i - page_count; }
 };
 
-// Most warps of a block: as many as have a place in 48 KB of shared memory.
-constexpr int combine_warps(int head_dim) { return head_dim <= 128 ? 32 : 16; }
+constexpr int kCombineWarps = 32;      // most of a block
+constexpr int kCombineChannels = 4;    // of a lane
+constexpr int kLeastCombineLanes = 8;  // for the channels of a block: 128 bytes
 
-OSCAR_DEVICE float warp_max(float x) {
+// Weighted sum of partial results: four channels of it.
+struct Sum {
+  float top = kNoMaximum, weight = 0.f, x[4] = {};
+
+  // Add `N` partial results; what they have in common, weights first, so that the rest is independent.
+  template <int N>
+  OSCAR_DEVICE void add(const float2 (&max_sum)[N], const float4 (&part)[N]) {
+    float higher = top;
 #pragma unroll
-  for (int d = 1; d < 32; d <<= 1) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, d));
-  return x;
-}
-OSCAR_DEVICE float warp_sum(float x) {
+    for (int k = 0; k < N; ++k) higher = fmaxf(higher, max_sum[k].x);
+    const float shrink = exp2_approx(top - higher);
+    top = higher;
+    weight *= shrink;
 #pragma unroll
-  for (int d = 1; d < 32; d <<= 1) x += __shfl_xor_sync(kFullWarp, x, d);
-  return x;
-}
+    for (int j = 0; j < 4; ++j) x[j] *= shrink;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const float w = exp2_approx(max_sum[k].x - higher);
+      weight = fmaf(max_sum[k].y, w, weight);
+      x[0] = fmaf(part[k].x, w, x[0]);
+      x[1] = fmaf(part[k].y, w, x[1]);
+      x[2] = fmaf(part[k].z, w, x[2]);
+      x[3] = fmaf(part[k].w, w, x[3]);
+    }
+  }
+};
 
 // What one warp leaves in shared memory for the first.
-template <int HeadDim>
 struct CombineShared {
-  float rotated[HeadDim], exact[HeadDim], top, sum;
+  float4 x[32];
+  float2 max_sum[32];
 };
 
 template <int HeadDim>
-__global__ void __launch_bounds__(32 * combine_warps(HeadDim))
+__global__ void __launch_bounds__(32 * kCombineWarps)
     combine_kernel(const __grid_constant__ AttentionParams p, int block_rows) {
-  constexpr int kChannels = HeadDim / 32;  // consecutive channels of a lane
   extern __shared__ __align__(128) uint8_t raw[];
-  CombineShared<HeadDim>* shared = reinterpret_cast<CombineShared<HeadDim>*>(raw);
+  CombineShared* shared = reinterpret_cast<CombineShared*>(raw);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
   const int segment = blockIdx.x, row = blockIdx.y;
+  const int lanes = HeadDim / kCombineChannels / gridDim.z;  // for a slot; a warp reads several at once
+  const int channel = (blockIdx.z * lanes + lane % lanes) * kCombineChannels;
   const int row_block = segment % p.row_blocks, head = segment / p.row_blocks % p.args.kv_heads;
   const Request request(p, segment / p.row_blocks / p.args.kv_heads, block_rows);
   const int query_row = row_block * block_rows + row;
@@ -59,82 +77,61 @@ __global__ void __launch_bounds__(32 * combine_warps(HeadDim))
   slots.exact_first = range.x;
   slots.count = slots.page_count + range.y - range.x + 1;
 
-  // Every warp adds up its slots, a few at a time so that their loads overlap.
-  constexpr int kSlots = kChannels <= 4 ? 7 : 2;  // as registers allow
-  float top = kNoMaximum, sum = 0.f, rotated[kChannels] = {}, exact[kChannels] = {};
-  for (int base = warp; base < slots.count; base += kSlots * warps) {
-    float x[kSlots][kChannels] = {};
+  // Every group of lanes adds up its slots, a few at a time so that their loads overlap.
+  constexpr int kSlots = 4;  // as registers allow
+  const int groups = static_cast<int>(blockDim.x) / lanes, group = threadIdx.x / lanes;
+  Sum sum;
+  for (int base = group; base < slots.count; base += kSlots * groups) {
+    float2 max_sum[kSlots];
+    float4 part[kSlots];
 #pragma unroll
     for (int k = 0; k < kSlots; ++k) {
-      const int i = base + k * warps;
+      max_sum[k] = make_float2(kNoMaximum, 0.f);
+      part[k] = make_float4(0.f, 0.f, 0.f, 0.f);
+    }
+#pragma unroll
+    for (int k = 0; k < kSlots; ++k) {
+      const int i = base + k * groups;
       if (i >= slots.count) break;
-      const float* source =
-          p.partial + (static_cast<int64_t>(slots[i]) * p.slot_rows + row) * HeadDim + lane * kChannels;
-#pragma unroll
-      for (int j = 0; j < kChannels; j += 2) {
-        const float2 v = *reinterpret_cast<const float2*>(source + j);
-        x[k][j] = v.x, x[k][j + 1] = v.y;
-      }
+      const int64_t at = static_cast<int64_t>(slots[i]) * p.slot_rows + row;
+      max_sum[k] = p.max_sum[at];
+      part[k] = *reinterpret_cast<const float4*>(p.partial + at * HeadDim + channel);
     }
-    const int own = base + lane * warps;  // lane k finds the weight of x[k]
-    float2 max_sum = make_float2(kNoMaximum, 0.f);
-    if (lane < kSlots && own < slots.count) {
-      max_sum = p.max_sum[static_cast<int64_t>(slots[own]) * p.slot_rows + row];
-    }
-    const float higher = fmaxf(top, warp_max(max_sum.x)), shrink = exp2_approx(top - higher);
-    const float weight = exp2_approx(max_sum.x - higher);
-    top = higher;
-    sum = fmaf(sum, shrink, warp_sum(max_sum.y * weight));
-#pragma unroll
-    for (int j = 0; j < kChannels; ++j) rotated[j] *= shrink, exact[j] *= shrink;
-#pragma unroll
-    for (int k = 0; k < kSlots; ++k) {
-      const float w = __shfl_sync(kFullWarp, weight, k);
-      const float page_weight = base + k * warps < slots.page_count ? w : 0.f, exact_weight = w - page_weight;
-#pragma unroll
-      for (int j = 0; j < kChannels; ++j) {
-        rotated[j] = fmaf(page_weight, x[k][j], rotated[j]);
-        exact[j] = fmaf(exact_weight, x[k][j], exact[j]);
-      }
+    sum.add(max_sum, part);
+  }
+  if (warps > 1) {  // the first warp adds up the warps
+    shared[warp].x[lane] = make_float4(sum.x[0], sum.x[1], sum.x[2], sum.x[3]);
+    shared[warp].max_sum[lane] = make_float2(sum.top, sum.weight);
+    __syncthreads();
+    if (warp) return;
+    sum = Sum();
+    for (int w = 0; w < warps; w += 2) {
+      const float2 max_sum[2] = {shared[w].max_sum[lane], shared[w + 1].max_sum[lane]};
+      const float4 part[2] = {shared[w].x[lane], shared[w + 1].x[lane]};
+      sum.add(max_sum, part);
     }
   }
-#pragma unroll
-  for (int j = 0; j < kChannels; ++j) {
-    shared[warp].rotated[lane * kChannels + j] = rotated[j];
-    shared[warp].exact[lane * kChannels + j] = exact[j];
+  // And then its groups of lanes.
+  for (int d = lanes; d < 32; d <<= 1) {
+    const float2 max_sum[1] = {
+        make_float2(__shfl_xor_sync(kFullWarp, sum.top, d), __shfl_xor_sync(kFullWarp, sum.weight, d))};
+    const float4 part[1] = {
+        make_float4(__shfl_xor_sync(kFullWarp, sum.x[0], d), __shfl_xor_sync(kFullWarp, sum.x[1], d),
+                    __shfl_xor_sync(kFullWarp, sum.x[2], d), __shfl_xor_sync(kFullWarp, sum.x[3], d))};
+    sum.add(max_sum, part);
   }
-  if (lane == 0) shared[warp].top = top, shared[warp].sum = sum;
-  __syncthreads();
-  if (warp) return;
+  if (lane >= lanes) return;
 
-  // The first warp adds up the warps, with one lane for the weight of each.
-  top = lane < warps ? shared[lane].top : kNoMaximum;
-  const float weight = exp2_approx(top - warp_max(top));
-  sum = warp_sum(lane < warps ? shared[lane].sum * weight : 0.f);
-#pragma unroll
-  for (int j = 0; j < kChannels; ++j) rotated[j] = exact[j] = 0.f;
-#pragma unroll 4
-  for (int w = 0; w < warps; ++w) {
-    const float other = __shfl_sync(kFullWarp, weight, w);
-#pragma unroll
-    for (int j = 0; j < kChannels; ++j) {
-      rotated[j] = fmaf(other, shared[w].rotated[lane * kChannels + j], rotated[j]);
-      exact[j] = fmaf(other, shared[w].exact[lane * kChannels + j], exact[j]);
-    }
-  }
-  hadamard_registers(rotated);
-  hadamard_lanes(rotated, lane, 1, 32);
-
-  const float unit = rsqrtf(static_cast<float>(HeadDim)), inverse = 1.f / sum;
+  const float inverse = 1.f / sum.weight;
   const int64_t token = request.begin + p.args.first_token + query_row / p.args.group;
   uint8_t* target = static_cast<uint8_t*>(p.args.out) + token * p.args.out_token +
                     (head * p.args.group + query_row % p.args.group) * p.args.out_head;
-  uint32_t* words = reinterpret_cast<uint32_t*>(target) + lane * kChannels / 2;
-#pragma unroll
-  for (int j = 0; j < kChannels; j += 2) {
-    const float a = fmaf(rotated[j], unit, exact[j]) * inverse, b = fmaf(rotated[j + 1], unit, exact[j + 1]) * inverse;
-    words[j / 2] = p.args.is_bf16 ? pack_bfloat162(a, b) : pack_half2(a, b);
-  }
+  const auto pack = [&](float a, float b) {
+    return p.args.is_bf16 ? pack_bfloat162(a * inverse, b * inverse) : pack_half2(a * inverse, b * inverse);
+  };
+  uint32_t* words = reinterpret_cast<uint32_t*>(target) + channel / 2;
+  words[0] = pack(sum.x[0], sum.x[1]);
+  words[1] = pack(sum.x[2], sum.x[3]);
 }
 
 }  // namespace oscar

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "oscar/fragments.cuh"
+#include "oscar/hadamard.cuh"
 #include "oscar/query.cuh"
 #include "oscar/softmax.cuh"
 
@@ -234,23 +235,40 @@ OSCAR_DEVICE void clear_value_params(uint8_t* params, int valid, int lane) {
   __syncwarp();
 }
 
-// Rows of the accumulator to `target` [row][channel] (rotated space), for rows 8 * n + 0..7.
+// Rows of the accumulator, rotated back, to `target` [row][channel], for rows 8 * n + 0..7.
 template <class Layout>
 OSCAR_DEVICE void write_page_result(const Accumulator<Layout::kTiles>& acc, float* target, int rows, int lane) {
   const int g = lane >> 2, t = lane & 3;
+  float x[2][2 * Layout::kTiles];  // of row 2 * t and the next: channels 8 * j + g
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
     float zero[Layout::kValueGroups];
 #pragma unroll
     for (int v = 0; v < Layout::kValueGroups; ++v) zero[v] = __shfl_sync(kFullWarp, acc.extra[c], 4 * v + t);
-    if (2 * t + c < rows) {
-      float* row = target + (2 * t + c) * Layout::kHeadDim + g;
 #pragma unroll
-      for (int i = 0; i < Layout::kTiles; ++i) {
-        row[16 * i] = fmaf(acc.out[i][c], kCodeUnit, zero[16 * i / Layout::kValueGroup]);
-        row[16 * i + 8] = fmaf(acc.out[i][2 + c], kCodeUnitUpper, zero[16 * i / Layout::kValueGroup]);
-      }
+    for (int i = 0; i < Layout::kTiles; ++i) {
+      x[c][2 * i] = fmaf(acc.out[i][c], kCodeUnit, zero[16 * i / Layout::kValueGroup]);
+      x[c][2 * i + 1] = fmaf(acc.out[i][2 + c], kCodeUnitUpper, zero[16 * i / Layout::kValueGroup]);
     }
+  }
+  const auto write = [&](float(&y)[2 * Layout::kTiles], int row) {
+    hadamard_registers(y);
+    hadamard_lanes(y, lane, 4, 32);
+    if (row >= rows) return;
+    const float unit = rsqrtf(static_cast<float>(Layout::kHeadDim));
+#pragma unroll
+    for (int j = 0; j < 2 * Layout::kTiles; ++j) target[row * Layout::kHeadDim + 8 * j + g] = y[j] * unit;
+  };
+  if (rows <= 4) {  // half of the lanes have no row: they take one from the others, and one rotation does
+#pragma unroll
+    for (int j = 0; j < 2 * Layout::kTiles; ++j) {
+      const float other = __shfl_xor_sync(kFullWarp, x[1][j], 2);
+      if (t >= 2) x[0][j] = other;
+    }
+    write(x[0], 2 * (t & 1) + (t >> 1));
+  } else {
+    write(x[0], 2 * t);
+    write(x[1], 2 * t + 1);
   }
 }
 
