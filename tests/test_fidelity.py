@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ pytest.importorskip("matplotlib")
 
 from benchmarks.fidelity import attention, measures, methods, report, tasks  # noqa: E402
 from benchmarks.fidelity.records import Records  # noqa: E402
-from vllm_oscar.config import PRESETS  # noqa: E402
+from vllm_oscar.config import MEASURED_LOSS, PRESETS  # noqa: E402
 from vllm_oscar.format import PageFormat  # noqa: E402
 from vllm_oscar.reference import attention as reference_attention  # noqa: E402
 from vllm_oscar.reference import encode_pages  # noqa: E402
@@ -233,6 +234,20 @@ def fake_records(folder: Path) -> Records:
         through = Records.new("m", known[name] if i else None, 128, "recall through vLLM", served)
         records.add(through | ({} if i else {"method": "auto"}), [{**answers[0], "0": int(i < 3)}, answers[0]])
     return records
+
+
+def test_the_loss_that_plan_shows_is_the_recorded_one():
+    """At head size 64 and 128, over every model of the committed records."""
+    divergence = {}
+    for line in (ROOT / "benchmarks/results/fidelity/records.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if record["measure"] == "text" and record["method"] in PRESETS and record["settings"]["documents"] == 16:
+            mean = statistics.mean(document["kl"] for document in record["values"])
+            divergence.setdefault(record["model"], {})[record["method"]] = mean
+    assert len(divergence) == 5
+    for preset in PRESETS:
+        ratios = [found[preset] / found["oscar_paper"] for found in divergence.values()]
+        assert (round(min(ratios), 2), round(max(ratios), 2)) == MEASURED_LOSS[preset]
 
 
 def test_the_report_regenerates_from_the_records(tmp_path):
