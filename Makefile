@@ -49,4 +49,4 @@ serve: env
 	$(BIN)/vllm serve $(MODEL) --host 127.0.0.1 --port $(PORT) --kv-cache-dtype oscar $(ARGS)
 
 clean:
-	rm -rf $(VENV) build *.egg-info vllm_oscar/lib
+	rm -rf $(VENV) build *.egg-info vllm_oscar/lib demo-server.log

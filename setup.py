@@ -108,8 +108,10 @@ class BuildNative(build_ext):
 
 
 def wanted_extensions() -> list[Extension]:
+    if CHOICE not in ("auto", "none", *LIBRARIES):
+        raise SystemExit(f"OSCAR_NATIVE={CHOICE} is unknown; use auto, none or one of: {', '.join(LIBRARIES)}")
     kinds = {"auto": ["cpu", "cuda"], "none": []}.get(CHOICE, [CHOICE])
-    return [Extension(f"vllm_oscar.lib.oscar_{kind}", [], optional=True) for kind in kinds if kind in LIBRARIES]
+    return [Extension(f"vllm_oscar.lib.oscar_{kind}", [], optional=True) for kind in kinds]
 
 
 setup(ext_modules=wanted_extensions(), cmdclass={"build_ext": BuildNative})

@@ -4,11 +4,11 @@
     python benchmarks/vllm_gpu.py check
     python benchmarks/vllm_gpu.py speed --json benchmarks/results/vllm-h200.json
 
-``check`` uses the demo model: with the lossless codec, logprobs equal those of ``auto``;
+``check`` uses the demo model: with the lossless codec, logprobs are those of ``auto``, within bf16 rounding;
 with INT2, the facts of its recall prompts come back: eager, with full and piecewise
 CUDA graphs, under both model runners and with n-gram speculation.
 ``speed`` uses a model of Qwen3-8B's shape with dummy weights (speed and memory are
-real, text means nothing). Each engine runs in a process of its own.
+real, text means nothing). Each engine runs in a process of its own, unless ``--one-process``.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def job(spec: str) -> None:
 
 
 def worst_difference(a: dict, b: dict) -> float:
-    """Largest logprob difference up to the first differing token; inf if tokens differ early."""
+    """Largest logprob difference up to and including the first differing token."""
     worst = 0.0
     for left, right in zip(sum(a["rounds"], []), sum(b["rounds"], [])):
         for token, other, x, y in zip(left["tokens"], right["tokens"], left["logprobs"], right["logprobs"]):

@@ -65,12 +65,30 @@ def test_plan_reads_multimodal_configs(tmp_path):
     [
         (["plan", "no/such/model"], "neither a model folder"),
         (["plan", "MODEL", "--memory", "lots"], "write for example 24GiB"),
+        (["plan", "MODEL", "--memory", "[/]1e999GiB"], "write for example 24GiB"),
+        (["plan", "MODEL", "--memory", "-1GiB"], "write for example 24GiB"),
     ],
 )
 def test_plan_refuses_in_one_sentence(model, arguments, message):
     result = runner.invoke(app, [str(model) if a == "MODEL" else a for a in arguments])
     assert result.exit_code == 1
     assert message in result.output and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    "change", [{"kv_lora_rank": 512}, {"sliding_window": 4096}, {"layer_types": ["full_attention", "linear_attention"]}]
+)
+def test_plan_refuses_what_serving_refuses(model, change):
+    (model / "config.json").write_text(json.dumps(QWEN3_8B | change))
+    with pytest.raises(ValueError, match="does not support"):
+        planner.ModelShape.load(model)
+
+
+@pytest.mark.parametrize("variable", ["VLLM_OSCAR_KERNELS", "OSCAR_CPU_ISA"])
+def test_verify_refuses_unknown_switches_in_one_sentence(monkeypatch, variable):
+    monkeypatch.setenv(variable, "x")
+    result = runner.invoke(app, ["verify"])
+    assert result.exit_code == 1 and variable in result.output and isinstance(result.exception, SystemExit)
 
 
 @pytest.mark.parametrize(

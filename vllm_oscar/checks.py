@@ -71,7 +71,7 @@ def _check_speculation(speculative, dtype: str) -> None:
     if speculative is not None and speculative.method != "ngram":
         _refuse(
             dtype,
-            f"speculative decoding with method {speculative.method!r} (a 16-bit draft cache would pad every page)",
+            f"speculative decoding with method {speculative.method!r}",
             'use {"method": "ngram"} or remove --speculative-config',
         )
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from vllm_oscar.config import MEASURED_LOSS
@@ -17,7 +18,7 @@ console = Console()
 
 
 def _fail(message: str) -> None:
-    console.print(f"[bold red]error:[/] {message}", highlight=False)
+    console.print(f"[bold red]error:[/] {escape(message)}", highlight=False)
     raise typer.Exit(1)
 
 
@@ -39,7 +40,7 @@ def plan(
         _fail(str(error))
     base = rows[0]
     title = (
-        f"{memory} for the KV cache, {context:,} tokens per request; "
+        f"{escape(memory)} for the KV cache, {context:,} tokens per request; "
         f"{shape.layers} layers, {shape.kv_heads} KV heads per rank, head_dim {shape.head_dim}"
     )
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
@@ -85,7 +86,7 @@ def doctor(
     table = Table(show_header=False, box=None, pad_edge=False)
     marks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[bold red]error[/]"}
     for finding in findings:
-        table.add_row(marks[finding.level], finding.subject, finding.detail)
+        table.add_row(marks[finding.level], finding.subject, escape(finding.detail))
     console.print(table)
     if any(finding.level == "error" for finding in findings):
         raise typer.Exit(1)
@@ -114,7 +115,7 @@ def verify(
                 f"{result.attention_error:.1e}",
                 "[green]ok[/]" if result.passed else "[bold red]wrong[/]",
             )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         _fail(str(error))
     console.print(table)
     if failed:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 from typing import Literal, get_args
 
 import torch
@@ -26,11 +27,11 @@ BACKENDS = {
 
 
 def vllm_version() -> tuple[int, int]:
-    """(major, minor) of the vLLM that is imported."""
+    """(major, minor) of the vLLM that is imported; (0, 0) if it does not say."""
     import vllm
 
-    major, minor = vllm.__version__.split(".")[:2]
-    return int(major), int(minor)
+    found = re.match(r"(\d+)\.(\d+)", vllm.__version__)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def unsupported_version() -> str | None:

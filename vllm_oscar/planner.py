@@ -23,9 +23,12 @@ def parse_bytes(text: str) -> int:
     unit = text.strip()[len(number) :].upper()
     unit = {"K": "KIB", "M": "MIB", "G": "GIB", "T": "TIB"}.get(unit, unit)
     try:
-        return int(float(number) * _UNITS[unit])
-    except (KeyError, ValueError):
-        raise ValueError(f"cannot read {text!r} as a size; write for example 24GiB or 800MiB") from None
+        size = int(float(number) * _UNITS[unit])
+    except (KeyError, ValueError, OverflowError):
+        size = -1
+    if size < 0:
+        raise ValueError(f"cannot read {text!r} as a size; write for example 24GiB or 800MiB")
+    return size
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,10 @@ class ModelShape:
         file = file / "config.json" if file.is_dir() else file
         if not file.is_file():
             raise ValueError(f"{path} is neither a model folder with a config.json nor such a file")
-        config = json.loads(file.read_text())
+        try:
+            config = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file} is not JSON: {error}") from None
         config = config.get("text_config", config)
         try:
             heads = config["num_attention_heads"]
@@ -55,6 +61,13 @@ class ModelShape:
             head_dim = config.get("head_dim") or config["hidden_size"] // heads
         except KeyError as missing:
             raise ValueError(f"{file} has no {missing}; only decoder language models can be planned") from None
+        sliding = config.get("sliding_window") and config.get("use_sliding_window", True)
+        other = set(config.get("layer_types") or []) - {"full_attention"}
+        if config.get("is_encoder_decoder") or config.get("kv_lora_rank") or sliding or other:
+            raise ValueError(
+                f"{file} describes a model that OScaR does not support (encoder, MLA, sliding windows or layers "
+                "without attention); see the support matrix in README.md"
+            )
         kv_heads = config.get("num_key_value_heads") or heads
         dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
         return ModelShape(layers, max(1, kv_heads // tensor_parallel), head_dim, _ITEMSIZE.get(dtype, 2))
@@ -67,7 +80,6 @@ class Capacity:
     Attributes:
         name: ``--kv-cache-dtype``.
         bits: effective bits per element.
-        block_bytes: one block (128 tokens) over all layers and KV heads of the rank.
         blocks: blocks in the budget.
         tail_blocks: blocks of a request's ring (OScaR only).
         requests: concurrent requests of the planned context, as vLLM reports it.
@@ -76,7 +88,6 @@ class Capacity:
 
     name: str
     bits: float
-    block_bytes: int
     blocks: int
     tail_blocks: int
     requests: float
@@ -91,7 +102,7 @@ def capacity(
     blocks = memory // block
     requests = blocks / (-(-context // PAGE_TOKENS) + tail_blocks)
     bits = bytes_per_token * 8 / (2 * shape.head_dim)
-    return Capacity(name, bits, block, blocks, tail_blocks, requests, int(requests * context))
+    return Capacity(name, bits, blocks, tail_blocks, requests, int(requests * context))
 
 
 def plan(shape: ModelShape, memory: int, context: int, speculative_tokens: int = 0) -> list[Capacity]:

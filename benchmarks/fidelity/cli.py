@@ -205,7 +205,7 @@ _JOBS = {"text": _text_jobs, "layers": _layer_jobs, "recall": _recall_jobs, "gre
 @app.command()
 def vllm(
     model: Models,
-    out: Out = Path("fidelity"),
+    out: Annotated[Path, typer.Option(help="Results folder; records are added to it.")] = Path("fidelity"),
     dtype: Annotated[str, typer.Option(help="KV-cache dtypes, comma-separated. 'auto' is always measured.")] = ",".join(
         methods.PRESETS
     ),

@@ -6,7 +6,7 @@ gsm8k           ``test.jsonl`` and, for few-shot prompts, ``train.jsonl``
                 (github.com/openai/grade-school-math)
 longbench_e     ``qasper_e.jsonl`` and so on (LongBench's ``data.zip``); those present run
 ruler           ``<task>/validation.jsonl`` as written by NVIDIA/RULER's ``prepare.py``
-needle          any folder of ``.txt``, ``.md`` or ``.py`` files: facts are put into it
+needle          any folder of ``.txt``, ``.md``, ``.rst`` or ``.py`` files: facts are put into it
 ==============  =================================================================
 
 Without a folder gsm8k, longbench_e and ruler are lm-eval's own tasks, which download their data.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention over tokens held in fp32: a tile of keys and values at a time, with a running
+// Attention over exact or dequantized tokens, with fp32 products: a tile of keys and values at a time, with a running
 // softmax. Serves ring and in-flight tokens, and dequantized pages when rows are many.
 #pragma once
 

@@ -2,10 +2,11 @@
 // Attention of many rows over a tile of tokens, with bf16 operands and fp32 sums: dense.h for models
 // in bf16 on machines that multiply bf16 faster.
 //
-// Only probabilities are rounded. Queries, keys and values of the model are bf16 already. Of a page,
-// keys without their norms (a few bits of code times an e4m3 scale, plus an e4m3 zero) and value codes
-// around zero are bf16 numbers; norms, value scales and zeros are applied to scores and probabilities in fp32, and
-// rotated queries are the sum of two bf16 numbers.
+// Probabilities are rounded, and little else. Queries, keys and values of the model are bf16 already. Of a
+// page, value codes around zero are bf16 numbers, and so, nearly always, are keys without their norms (a few
+// bits of code times an e4m3 scale, plus an e4m3 zero); the exact first key, fp16, is rounded. Norms, value
+// scales and zeros are applied to scores and probabilities in fp32, and rotated queries are the sum of two
+// bf16 numbers.
 #pragma once
 
 #include "dense.h"

@@ -54,7 +54,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library, or why there is none."""
     path = Path(os.environ.get("OSCAR_CPU_LIBRARY", LIBRARY))
     if not path.exists():
-        return None, f"{path} is missing: no C++ compiler was found when vllm-oscar was installed"
+        return None, f"{path} was not built (no C++ compiler, or it failed; OSCAR_NATIVE=cpu pip install . tells)"
     try:
         library = ctypes.CDLL(str(path))  # after torch, whose OpenMP runtime it shares
         size = library.oscar_cpu_args_size()

@@ -84,7 +84,7 @@ def _call(function: str, args: ctypes.Structure, *rest) -> None:
 def available() -> tuple[bool, str]:
     """Whether the library exists and runs on the current device, and if not, why not."""
     if not LIBRARY.exists():
-        return False, "the CUDA library was not built (no nvcc at installation)"
+        return False, "the CUDA library was not built (no nvcc, or it failed; OSCAR_NATIVE=cuda pip install . tells)"
     if not torch.cuda.is_available():
         return False, "no CUDA device is visible to torch"
     try:
@@ -121,7 +121,9 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(f"OScaR CUDA kernels: {message}")
 
 
-def _check(fmt: PageFormat, model: dict[str, torch.Tensor], pages: dict, tables: dict, lengths: dict) -> None:
+def _check(
+    fmt: PageFormat, model: dict[str, torch.Tensor], pages: dict, tables: dict, lengths: dict, ring_pages: int
+) -> None:
     """Everything that the kernels take for granted, checked once before a launch.
 
     ``model``: ``[T, heads, D]`` in the model's dtype; ``pages``: page and ring storage;
@@ -152,6 +154,8 @@ def _check(fmt: PageFormat, model: dict[str, torch.Tensor], pages: dict, tables:
         _require(x.stride(-1) == 1 or x.shape[-1] <= 1, f"{name} must be contiguous in its last dimension")
         expected = requests + (name == "query_start_loc")
         _require(x.shape[0] == expected, f"{name} has {x.shape[0]} entries for {requests} requests")
+    width = tables["ring_table"].shape[1]
+    _require(1 <= ring_pages <= width, f"ring_table has {width} columns for a ring of {ring_pages} pages")
 
 
 def _strides(prefix: str, x: torch.Tensor, outer: str) -> dict[str, int]:
@@ -350,6 +354,7 @@ def store_pages(
         {"pages": pages, "ring": ring},
         {"block_table": block_table, "ring_table": ring_table},
         {"query_start_loc": query_start_loc, "seq_lens": seq_lens},
+        ring_pages,
     )
     _operator("store_pages")(
         key, value, pages, ring, block_table, ring_table, query_start_loc, seq_lens, ring_pages,
@@ -389,6 +394,7 @@ def attention(
         {"pages": pages, "ring": ring},
         {"block_table": block_table, "ring_table": ring_table},
         {"query_start_loc": query_start_loc, "seq_lens": seq_lens, "ring_start": ring_start},
+        ring_pages,
     )
     _require(query.shape[1] % heads == 0, f"{query.shape[1]} query heads do not divide among {heads} KV heads")
     _require(out.shape == query.shape, f"out is {list(out.shape)}, query {list(query.shape)}")
@@ -423,6 +429,7 @@ def write_ring(
         {"ring": ring},
         {"ring_table": ring_table},
         {"query_start_loc": query_start_loc, "seq_lens": seq_lens},
+        ring_pages,
     )
     _operator("write_ring")(
         key, value, ring, ring_table, query_start_loc, seq_lens, ring_pages, max_query_len or key.shape[0],

@@ -52,7 +52,7 @@ _workspaces: dict[tuple, torch.Tensor] = {}
 
 
 def reserve(fmt: PageFormat, kv_heads: int, dtype: torch.dtype, max_step_tokens: int, device: torch.device) -> None:
-    """Allocate the workspace: a piece of history, or one step's tokens and a page if that is more."""
+    """Allocate the workspace: a piece of history, or one step's tokens and two pages if that is more."""
     _workspace(fmt, kv_heads, dtype, max_step_tokens + 2 * PAGE_TOKENS, device)
 
 
