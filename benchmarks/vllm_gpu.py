@@ -211,7 +211,7 @@ def check(
     timeout: Annotated[float, typer.Option(help="Seconds per engine.")] = 150,
     one_process: Annotated[bool, typer.Option(help="All engines in this process: faster, less separate.")] = False,
 ) -> None:
-    """Correctness through vLLM on this GPU."""
+    """Correctness through vLLM on this GPU; fails if a run fails or a fact does not come back."""
     common = dict(model=str(model), max_model_len=4096, kv_cache_memory_bytes=1 << 30, max_num_seqs=16,
                   gpu_memory_utilization=0.5)  # fmt: skip
     oscar = dict(kv_cache_dtype="oscar")
@@ -243,6 +243,8 @@ def check(
             f"{result['kv_tokens']:,}", f"{result['start_s']:.0f}",
         )  # fmt: skip
     console.print(table)
+    if not all(result and result["recalled"] == result["facts"] for result in results.values()):
+        raise typer.Exit(1)
 
 
 @app.command()
