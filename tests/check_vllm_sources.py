@@ -85,7 +85,7 @@ ALWAYS = [
     (
         "v1/attention/backend.py",
         "CommonAttentionMetadata",
-        ["query_start_loc", "seq_lens", "num_actual_tokens", "max_query_len", "max_seq_len", "block_table_tensor"],
+        ["query_start_loc", "seq_lens", "num_actual_tokens", "max_query_len", "block_table_tensor"],
     ),
     (
         "v1/attention/backend.py",

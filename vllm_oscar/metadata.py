@@ -25,7 +25,7 @@ class OscarMetadata(AttentionMetadata):
 
     Attributes:
         num_actual_tokens: tokens of the step, without padding.
-        max_query_len, max_seq_len: upper bounds over the batch, on the host.
+        max_query_len: upper bound over the batch, on the host.
         query_start_loc: ``[R + 1]``.
         seq_lens: ``[R]``, the step's tokens included.
         block_table: ``[R, M]`` pages, or for the tail the ring's pages and hit marker.
@@ -36,7 +36,6 @@ class OscarMetadata(AttentionMetadata):
 
     num_actual_tokens: int
     max_query_len: int
-    max_seq_len: int
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
@@ -88,7 +87,6 @@ class OscarMetadataBuilder(AttentionMetadataBuilder[OscarMetadata]):
             prefills=prefills,
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
-            max_seq_len=common.max_seq_len,
             query_start_loc=common.query_start_loc,
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
