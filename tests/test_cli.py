@@ -105,6 +105,20 @@ def test_doctor_is_satisfied_with_this_environment():
         assert expected in result.output
 
 
+def test_doctor_shows_the_kernels_that_would_be_forced(monkeypatch):
+    monkeypatch.setenv("VLLM_OSCAR_KERNELS", "reference")
+    result = runner.invoke(app, ["doctor"])
+    assert result.exit_code == 0, result.output
+    assert "VLLM_OSCAR_KERNELS=reference is set" in result.output
+    assert "reference kernels" in result.output and "cpu kernels" not in result.output
+
+
+def test_doctor_refuses_unknown_kernels(monkeypatch):
+    monkeypatch.setenv("VLLM_OSCAR_KERNELS", "x")
+    result = runner.invoke(app, ["doctor"])
+    assert result.exit_code == 1 and "'x' is unknown" in result.output and isinstance(result.exception, SystemExit)
+
+
 def test_doctor_names_a_vllm_that_is_too_new(monkeypatch):
     from vllm_oscar import compat
 

@@ -88,15 +88,23 @@ def _examine_vllm(fix: bool) -> Iterator[Finding]:
 def _examine_kernels() -> Iterator[Finding]:
     import torch
 
-    from vllm_oscar import ops
+    from vllm_oscar import envs, ops
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     yield Finding("ok", "device", f"{device} ({name})")
+    try:
+        forced = envs.forced_kernels()
+    except ValueError as error:
+        yield Finding("error", "kernels", str(error))
+        return
+    if forced:
+        yield Finding("warning", "kernels", f"VLLM_OSCAR_KERNELS={forced} is set: a test setting; unset it to serve")
+    kinds = (forced,) if forced else ops.CANDIDATES[device]
     usable = False
-    for kind in ops.CANDIDATES[device]:
+    for kind in kinds:
         module, reason = ops.load(kind)
-        level = "ok" if module else ("warning" if kind != ops.CANDIDATES[device][-1] else "error")
+        level = "ok" if module else ("warning" if kind != kinds[-1] else "error")
         chosen = module is not None and not usable
         usable |= module is not None
         yield Finding(level, f"{kind} kernels", (("in use" if chosen else "available") if module else reason))
