@@ -24,11 +24,11 @@ def parse_bytes(text: str) -> int:
     unit = {"K": "KIB", "M": "MIB", "G": "GIB", "T": "TIB"}.get(unit, unit)
     try:
         size = int(float(number) * _UNITS[unit])
+        if size >= 0:
+            return size
     except (KeyError, ValueError, OverflowError):
-        size = -1
-    if size < 0:
-        raise ValueError(f"cannot read {text!r} as a size; write for example 24GiB or 800MiB")
-    return size
+        pass
+    raise ValueError(f"cannot read {text!r} as a size; write for example 24GiB or 800MiB")
 
 
 @dataclass(frozen=True)
