@@ -69,6 +69,58 @@ def test_store_and_ring(preset, head_dim, dtype):
     assert torch.equal(case.write_ring(cuda), case.write_ring(reference_ops))
 
 
+def test_pages_taken_from_other_warps(monkeypatch):
+    """Shares long enough to be taken from, again and again: sums vary by rounding, not more."""
+    fmt = PageFormat.preset("oscar", 128)
+    for requests, heads, warps in (
+        ([(40_000, 1)], 4, 4),
+        ([(3000 + 500 * i, 1 + i % 3) for i in range(20)], 4, 2),
+        ([(100_000, 1)], 8, 0),
+    ):
+        case = make_case(fmt, requests, kv_heads=heads, dtype=torch.bfloat16)
+        expected = case.exact_attention()
+        for _ in range(20):
+            assert relative_error(case.attention(cuda, warps=warps), expected) < TOLERANCE[torch.bfloat16]
+        monkeypatch.setenv("VLLM_OSCAR_DETERMINISTIC", "1")
+        once = case.attention(cuda, warps=warps)
+        assert all(torch.equal(once, case.attention(cuda, warps=warps)) for _ in range(20))
+        monkeypatch.delenv("VLLM_OSCAR_DETERMINISTIC")
+
+
+@pytest.mark.parametrize("requests", [[(70_000, 1)], [(255 + 640 * i, 1) for i in range(30)], [(127, 1)] * 8])
+def test_a_step_in_a_graph(requests):
+    """Store, attention and ring, each started while the one before still runs."""
+    fmt = PageFormat.preset("oscar", 128)
+    case = make_case(fmt, requests, kv_heads=8, dtype=torch.bfloat16, lookahead=1)
+    pages, ring, *tables = case.cache
+    start_pages, start_ring = pages.clone(), ring.clone()
+    expected = case.exact_attention(), case.store(reference_ops), case.write_ring(reference_ops)
+    out = torch.empty_like(case.query)
+    new = (case.key, case.value)
+
+    def step() -> None:
+        cuda.store_pages(*new, *case.cache, case.ring_pages, fmt, max_query_len=1)
+        cuda.attention(
+            out, case.query, *new, *case.cache, case.ring_start, case.ring_pages, case.scale, fmt, max_query_len=1,
+            tables_ready=True,
+        )  # fmt: skip
+        _, ring_table, *lengths = tables
+        cuda.write_ring(*new, ring, ring_table, *lengths, case.ring_pages, fmt, max_query_len=1)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(20):
+        pages.copy_(start_pages)
+        ring.copy_(start_ring)
+        out.fill_(float("nan"))
+        graph.replay()
+        assert relative_error(out, expected[0]) < TOLERANCE[torch.bfloat16]
+        assert (pages != expected[1]).float().mean() < 1e-3
+        assert torch.equal(ring, expected[2])
+
+
 def test_extreme_magnitudes_stay_finite():
     fmt = PageFormat.preset("oscar", 128)
     case = make_case(fmt, [(1000, 1), (4099, 2)], dtype=torch.bfloat16)

@@ -18,6 +18,7 @@ int store_pages(const OscarStoreArgs& args, cudaStream_t stream) {
   OSCAR_TRY(allow_shared_memory(store_kernel<Layout>, kShared));
   // A request that starts inside a block completes at most this many.
   const int blocks = (args.max_query_len + kPageTokens - 1 + kPageTokens - 1) / kPageTokens;
+  // Not overlapping: attention relies on everything before this kernel having ended when this one starts.
   store_kernel<Layout><<<dim3(args.kv_heads, blocks, args.requests), kStoreThreads, kShared, stream>>>(args);
   return cudaGetLastError();
 }
@@ -26,8 +27,8 @@ template <class Layout>
 int write_ring(const OscarStoreArgs& args, cudaStream_t stream) {
   const int tokens = std::min(args.max_query_len, Layout::kRingTokens * args.ring_pages);
   const int blocks = (tokens * args.kv_heads + kStoreWarps - 1) / kStoreWarps;
-  write_ring_kernel<<<dim3(blocks, args.requests), kStoreThreads, 0, stream>>>(args, Layout::kRingTokens);
-  return cudaGetLastError();
+  return launch_overlapping(write_ring_kernel, dim3(blocks, args.requests), kStoreThreads, 0, stream, args,
+                            int{Layout::kRingTokens});
 }
 
 template <class Visitor>

@@ -177,8 +177,22 @@ inline int __reduce_add_sync(unsigned, int x) {
   for (const auto& v : emulator::in_warp({emulator::bits(x)})) sum += emulator::value<int>(v[0]);
   return sum;
 }
+inline int __reduce_max_sync(unsigned, int x) {
+  int top = INT32_MIN;
+  for (const auto& v : emulator::in_warp({emulator::bits(x)})) top = std::max(top, emulator::value<int>(v[0]));
+  return top;
+}
 inline void __syncwarp() { emulator::in_warp({}); }
 inline void __syncthreads() { emulator::exchange(emulator::block, threadIdx.x, {}); }
+
+// ---- memory: one thread runs at a time -------------------------------------------------
+inline unsigned atomicAdd(unsigned* x, unsigned by) {
+  const unsigned before = *x;
+  *x += by;
+  return before;
+}
+template <class T>
+T __ldcg(const T* x) { return *x; }
 
 // ---- arithmetic ------------------------------------------------------------------------
 using std::max;

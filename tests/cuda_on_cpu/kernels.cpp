@@ -8,6 +8,7 @@
 namespace {
 
 constexpr int kBlocks = 3, kWarps = 2, kCombine = 2;  // of the emulated device
+int taken = 0;  // pages that warps took from others in the last launch
 
 template <class Layout, int NTiles>
 void attend(const OscarAttentionArgs& args) {
@@ -22,15 +23,25 @@ void attend(const OscarAttentionArgs& args) {
   std::vector<int2> ranges(2 * segments, int2{1 << 30, 1 << 30});
   std::vector<float2> max_sum(slots * p.slot_rows, float2{poison, poison});
   std::vector<float> partial(slots * p.slot_rows * Layout::kHeadDim, poison);
+  p.warps = kBlocks * kWarps;
+  p.few_warps = kBlocks;
+  p.block_stride = 2;
+  std::vector<unsigned> claims(p.warps);
+  p.claims = claims.data();
   p.ranges = ranges.data();
   p.max_sum = max_sum.data();
   p.partial = partial.data();
   static_assert(kWarps * sizeof(WarpShared<Layout>) <= sizeof(raw));
   std::memset(raw, 0xff, sizeof(raw));
   emulator::launch({kBlocks}, 32 * kWarps, [&] { decode_kernel<Layout, NTiles>(p); });
+  taken = 0;
+  for (unsigned claims : claims) taken += claims / kStolen;
   std::memset(raw, 0xff, sizeof(raw));
   emulator::launch({static_cast<unsigned>(segments), static_cast<unsigned>(p.slot_rows), 2}, 32 * kCombine,
                    [&] { combine_kernel<Layout::kHeadDim>(p, 8 * NTiles); });
+  for (unsigned left : claims) {
+    if (left) std::abort();  // the next launch expects zeros
+  }
 }
 
 template <class Visitor>
@@ -67,3 +78,5 @@ extern "C" int emulate_write_ring(const OscarStoreArgs* args) {
     return 0;
   });
 }
+
+extern "C" int emulated_thefts() { return taken; }

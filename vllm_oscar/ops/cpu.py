@@ -252,6 +252,7 @@ def attention(
     scale: float,
     fmt: PageFormat,
     max_query_len: int | None = None,
+    tables_ready: bool = False,
 ) -> None:
     """Causal attention of the step's tokens; writes ``out [T, Hq, D]``."""
     tables = (block_table, ring_table, query_start_loc, seq_lens, ring_start)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from vllm_oscar import envs
 from vllm_oscar.config import NormScope, ParamType
 from vllm_oscar.format import PageFormat
 
@@ -46,7 +47,7 @@ class _AttentionArgs(ctypes.Structure):
         + _fields(ctypes.c_int64, "block_table_row ring_table_row")
         + _fields(ctypes.c_int32, "requests kv_heads group ring_pages is_bf16 max_query_len first_token")
         + _fields(ctypes.c_float, "scale")
-        + _fields(ctypes.c_int32, "warps")
+        + _fields(ctypes.c_int32, "warps tables_ready deterministic")
         + [("format", _Format)]
     )
 
@@ -204,7 +205,8 @@ def reserve(
         if current is not None:
             _retired.append(current)
         # Powers of two: all retired workspaces together are smaller than the newest.
-        current = torch.empty(1 << (size - 1).bit_length(), dtype=torch.uint8, device=device)
+        # Zeros: the kernels find their counters so and leave them so.
+        current = torch.zeros(1 << (size - 1).bit_length(), dtype=torch.uint8, device=device)
         _workspaces[device] = current
     return current
 
@@ -216,7 +218,7 @@ _operators.define(
     "attention(Tensor(a!) out, Tensor query, Tensor key, Tensor value, Tensor pages, Tensor ring, "
     "Tensor block_table, Tensor ring_table, Tensor query_start_loc, Tensor seq_lens, Tensor ring_start, "
     "Tensor(b!) workspace, int ring_pages, float scale, int max_query_len, int first_token, int[] layout, "
-    "int warps=0) -> ()"
+    "int warps=0, bool tables_ready=False, bool deterministic=False) -> ()"
 )
 _operators.define(
     "store_pages(Tensor key, Tensor value, Tensor(a!) pages, Tensor ring, Tensor block_table, Tensor ring_table, "
@@ -236,7 +238,8 @@ def _layout(fmt: PageFormat) -> tuple[list[int], list[float]]:
 
 def _attention(
     out, query, key, value, pages, ring, block_table, ring_table, query_start_loc, seq_lens, ring_start,
-    workspace, ring_pages, scale, max_query_len, first_token, layout, warps=0,
+    workspace, ring_pages, scale, max_query_len, first_token, layout, warps=0, tables_ready=False,
+    deterministic=False,
 ):  # fmt: skip
     args = _AttentionArgs(
         out=out.data_ptr(),
@@ -263,6 +266,8 @@ def _attention(
         first_token=first_token,
         scale=scale,
         warps=warps,
+        tables_ready=tables_ready,
+        deterministic=deterministic,
         format=_Format(*layout),
         **_strides("out", out, "token"),
         **_strides("query", query, "token"),
@@ -378,6 +383,7 @@ def attention(
     scale: float,
     fmt: PageFormat,
     max_query_len: int | None = None,
+    tables_ready: bool = False,
     warps: int = 0,
 ) -> None:
     """Causal attention of the step's tokens; writes ``out [T, Hq, D]``.
@@ -405,7 +411,7 @@ def attention(
     for first_token in range(0, longest, chunk):
         _operator("attention")(
             out, query, key, value, pages, ring, block_table, ring_table, query_start_loc, seq_lens, ring_start,
-            workspace, ring_pages, scale, chunk, first_token, layout, warps,
+            workspace, ring_pages, scale, chunk, first_token, layout, warps, tables_ready, envs.deterministic(),
         )  # fmt: skip
 
 

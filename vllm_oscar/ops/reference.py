@@ -30,6 +30,8 @@ ring_pages         pages of one request's ring; capacity is
                    slot ``p % capacity``
 max_query_len      host-side upper bound on the tokens of a request, for kernels whose launch
                    depends on it; None means ``T``
+tables_ready       promise that the operation before this one on the stream writes no table and
+                   no length, so that they may be read while it still runs
 =================  =========================================================================
 
 Table entries beyond a request's need, page bytes never written, and requests without
@@ -118,6 +120,7 @@ def attention(
     scale: float,
     fmt: PageFormat,
     max_query_len: int | None = None,
+    tables_ready: bool = False,
 ) -> None:
     """Causal attention of the step's tokens; writes ``out [T, Hq, D]``."""
     starts = ring_start.tolist()

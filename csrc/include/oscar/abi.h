@@ -42,6 +42,9 @@ typedef struct {
   int32_t max_query_len, first_token;
   float scale;
   int32_t warps; /* per block; 0 chooses */
+  /* The kernel launched before this one writes none of the tables and lengths: they are read while it runs. */
+  int32_t tables_ready;
+  int32_t deterministic; /* no warp takes work from another: sums in the same order every time */
   OscarFormat format;
 } OscarAttentionArgs;
 

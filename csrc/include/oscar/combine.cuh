@@ -8,10 +8,10 @@
 
 namespace oscar {
 
-// Slots of one query row: the page part, then the exact part.
+// Slots of one query row: the exact part, then the pages.
 struct RowSlots {
-  int page_first, page_count, exact_first, count;
-  OSCAR_DEVICE int operator[](int i) const { return i < page_count ? page_first + i : exact_first + i - page_count; }
+  int exact_first, exact_count, page_first, count;
+  OSCAR_DEVICE int operator[](int i) const { return i < exact_count ? exact_first + i : page_first + i - exact_count; }
 };
 
 constexpr int kCombineWarps = 32;      // most of a block
@@ -45,6 +45,18 @@ struct Sum {
   }
 };
 
+// Add up the groups of `lanes` lanes of a warp.
+OSCAR_DEVICE void add_lane_groups(Sum& sum, int lanes) {
+  for (int d = lanes; d < 32; d <<= 1) {
+    const float2 max_sum[1] = {
+        make_float2(__shfl_xor_sync(kFullWarp, sum.top, d), __shfl_xor_sync(kFullWarp, sum.weight, d))};
+    const float4 part[1] = {
+        make_float4(__shfl_xor_sync(kFullWarp, sum.x[0], d), __shfl_xor_sync(kFullWarp, sum.x[1], d),
+                    __shfl_xor_sync(kFullWarp, sum.x[2], d), __shfl_xor_sync(kFullWarp, sum.x[3], d))};
+    sum.add(max_sum, part);
+  }
+}
+
 // What one warp leaves in shared memory for the first.
 struct CombineShared {
   float4 x[32];
@@ -65,17 +77,18 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
   const int query_row = row_block * block_rows + row;
   launch_dependents();
   wait_for_previous_grid();  // every block: who waits for this grid relies on the decode kernel's end, too
+  const int block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+  const int threads = blockDim.x * gridDim.x * gridDim.y * gridDim.z;
+  for (int i = blockDim.x * block + threadIdx.x; i < p.warps; i += threads) p.claims[i] = 0;  // for the next launch
   if (query_row >= request.rows) return;
 
-  RowSlots slots{0, 0, 0, 0};
-  if (request.pages) {
-    const int2 range = p.ranges[2 * segment];
-    slots.page_first = range.x;
-    slots.page_count = range.y - range.x + 1;
+  const int2 exact = p.ranges[2 * segment];
+  RowSlots slots{exact.x, exact.y - exact.x + 1, 0, exact.y - exact.x + 1};
+  if (request.units > request.exact) {
+    const int2 pages = p.ranges[2 * segment + 1];
+    slots.page_first = pages.x;
+    slots.count += pages.y - pages.x + 1;
   }
-  const int2 range = p.ranges[2 * segment + 1];
-  slots.exact_first = range.x;
-  slots.count = slots.page_count + range.y - range.x + 1;
 
   // Every group of lanes adds up its slots, a few at a time so that their loads overlap.
   constexpr int kSlots = 4;  // as registers allow
@@ -99,26 +112,24 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
     }
     sum.add(max_sum, part);
   }
-  if (warps > 1) {  // the first warp adds up the warps
-    shared[warp].x[lane] = make_float4(sum.x[0], sum.x[1], sum.x[2], sum.x[3]);
-    shared[warp].max_sum[lane] = make_float2(sum.top, sum.weight);
+  add_lane_groups(sum, lanes);
+  if (warps > 1) {  // the first warp adds up the warps, in as many groups of lanes as it has
+    if (lane < lanes) {
+      shared[warp].x[lane] = make_float4(sum.x[0], sum.x[1], sum.x[2], sum.x[3]);
+      shared[warp].max_sum[lane] = make_float2(sum.top, sum.weight);
+    }
     __syncthreads();
     if (warp) return;
+    const int step = 32 / lanes, own = lane % lanes;
     sum = Sum();
-    for (int w = 0; w < warps; w += 2) {
-      const float2 max_sum[2] = {shared[w].max_sum[lane], shared[w + 1].max_sum[lane]};
-      const float4 part[2] = {shared[w].x[lane], shared[w + 1].x[lane]};
+    for (int w = lane / lanes; w < warps; w += 2 * step) {
+      const bool two = w + step < warps;
+      const float2 none = make_float2(kNoMaximum, 0.f);
+      const float2 max_sum[2] = {shared[w].max_sum[own], two ? shared[w + step].max_sum[own] : none};
+      const float4 part[2] = {shared[w].x[own], two ? shared[w + step].x[own] : make_float4(0.f, 0.f, 0.f, 0.f)};
       sum.add(max_sum, part);
     }
-  }
-  // And then its groups of lanes.
-  for (int d = lanes; d < 32; d <<= 1) {
-    const float2 max_sum[1] = {
-        make_float2(__shfl_xor_sync(kFullWarp, sum.top, d), __shfl_xor_sync(kFullWarp, sum.weight, d))};
-    const float4 part[1] = {
-        make_float4(__shfl_xor_sync(kFullWarp, sum.x[0], d), __shfl_xor_sync(kFullWarp, sum.x[1], d),
-                    __shfl_xor_sync(kFullWarp, sum.x[2], d), __shfl_xor_sync(kFullWarp, sum.x[3], d))};
-    sum.add(max_sum, part);
+    add_lane_groups(sum, lanes);
   }
   if (lane >= lanes) return;
 

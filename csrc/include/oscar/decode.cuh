@@ -22,13 +22,13 @@ constexpr int kCapability = __CUDA_ARCH__ / 100;
 constexpr int kCapability = 0;
 #endif
 
-// Shared memory of one warp: page buffer, barriers, and the cursors of producer and consumer.
+// Shared memory of one warp: page buffer, barriers, and where producer and consumer are.
 template <class Layout>
 struct WarpShared {
   alignas(128) uint8_t page[PageBuffer<Layout>::kBytes];
   uint64_t barriers[PageBuffer<Layout>::kBarriers];
-  Cursor next, now;
-  int rank;  // of the warp in the grid
+  Cursor now;
+  Walk walk;  // of the producer
 };
 
 // Start fetching the producer's unit, as far as it has bytes to fetch.
@@ -42,28 +42,33 @@ OSCAR_DEVICE void fill_all(PageBuffer<Layout>& buffer, const Producer& next) {
   }
 }
 
-// Pages `unit` .. `end - 1` of the segment at hand. The producer is at `unit` and its copy under way.
+// The pages of the segment at hand that this warp gets. The producer is at the first and its copy under way.
 template <class Layout, int NTiles>
-OSCAR_DEVICE void attend_pages(int unit, int end, int ring_start, PageBuffer<Layout>& buffer, Producer& next,
+OSCAR_DEVICE void attend_pages(int ring_start, PageBuffer<Layout>& buffer, Producer& next,
                                const QueryRows<Layout::kTiles> (&query)[NTiles],
                                Accumulator<Layout::kTiles> (&acc)[NTiles], int lane) {
-  for (; unit < end; ++unit) {
+  do {
+    const int page = next.page(), valid = ring_start - page * kPageTokens;
     const auto values_ready = [&] { buffer.wait_values(); };
     const auto keys_done = [&] {
       __syncwarp();
+      next.confirm();
       if (next.kind() == Producer::kPage) buffer.fill_keys(next.source());
     };
     next.advance();
     buffer.wait_keys();
-    const int valid = ring_start - unit * kPageTokens;
     if (valid < kPageTokens) clear_value_params<Layout>(buffer.params(), valid, lane);
-    attend_page<Layout, NTiles>(buffer.codes(), buffer.params(), unit == 0, valid, values_ready, keys_done, query, acc,
+    attend_page<Layout, NTiles>(buffer.codes(), buffer.params(), page == 0, valid, values_ready, keys_done, query, acc,
                                 lane);
     if (valid < kPageTokens) fence_before_async_copy();
     __syncwarp();
-    if (next.kind() == Producer::kPage) buffer.fill_values(next.source());
-    else fill_all(buffer, next);
-  }
+    if (next.kind() == Producer::kPage) {
+      buffer.fill_values(next.source());
+    } else {
+      if (next.kind() == Producer::kWanted) next.take();
+      fill_all(buffer, next);
+    }
+  } while (next.continues());
 }
 
 // Units `unit` .. `end - 1` of the ring and in-flight tokens of the segment at `c`.
@@ -77,13 +82,13 @@ OSCAR_DEVICE void attend_exact(int unit, int end, const Cursor& c, const Attenti
   for (; unit < end; ++unit) {
     next.advance();
     const Request request = c.request;
-    const bool ring = unit < request.copied;
+    const bool ring = unit < request.ring;
     ExactTokens tokens;
     bool readable;
     if (ring) {
       constexpr int kTokens = Layout::kRingTokens;
       const int capacity = kTokens * args.ring_pages;
-      const int slot = (unit - request.pages) * kTokens + lane;
+      const int slot = unit * kTokens + lane;
       const int age = slot - request.ring_start % capacity;  // from the oldest token on, cyclic
       readable = lane < kTokens && (age < 0 ? age + capacity : age) < request.context - request.ring_start;
       tokens.key = buffer.codes();
@@ -93,7 +98,7 @@ OSCAR_DEVICE void attend_exact(int unit, int end, const Cursor& c, const Attenti
       buffer.wait_values();
     } else {
       fill_all(buffer, next);  // these tokens do not need the buffer
-      tokens.position = (unit - request.copied) * kInFlightTokens;
+      tokens.position = (unit - request.ring) * kInFlightTokens;
       readable = tokens.position + lane < request.query_len;
       const int64_t token = request.begin + tokens.position;
       tokens.key = static_cast<const uint8_t*>(args.key) + token * args.key_token + c.head * args.key_head;
@@ -114,24 +119,30 @@ __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kC
     decode_kernel(const __grid_constant__ AttentionParams p) {
   constexpr int kRows = 8 * NTiles, kTiles = Layout::kTiles;
   extern __shared__ __align__(128) uint8_t raw[];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int g = lane >> 2, t = lane & 3;
   PageBuffer<Layout>::init(reinterpret_cast<WarpShared<Layout>*>(raw)[warp].barriers, lane);  // need not wait
-  wait_for_previous_grid();
-  launch_dependents();  // only now: the combine kernel, which waits for this one, may read what others wrote before
+  if (!p.args.tables_ready) wait_for_previous_grid();
 
-  const int global_warp = warp * gridDim.x + blockIdx.x;  // little work spreads over all multiprocessors
-  Share share = find_share(p, kRows, global_warp, gridDim.x * warps, lane);
+  // Little work spreads over all multiprocessors, and neighbours over distant ones, whose speeds differ.
+  const int global_warp = warp * gridDim.x + blockIdx.x * p.block_stride % gridDim.x;
+  Share share = find_share(p, kRows, global_warp, lane);
   int left = share.count;
-  if (left == 0) return;
+  // The combine kernel, which waits for this one alone, may read what others wrote before: dependents only after a wait.
+  if (left == 0) {
+    wait_for_previous_grid();
+    launch_dependents();
+    return;
+  }
   WarpShared<Layout>& shared = reinterpret_cast<WarpShared<Layout>*>(raw)[warp];
   if (lane == 0) {
-    shared.next = shared.now = share.cursor;
-    shared.rank = global_warp;
+    shared.walk.cursor = shared.now = share.cursor;
+    shared.walk.shares = share.shares;
+    shared.walk.rank = global_warp;
   }
   __syncwarp();
   PageBuffer<Layout> buffer(shared.page, shared.barriers, lane);
-  Producer next(p, &shared.next, left, kRows, lane);
+  Producer next(p, &shared.walk, left, kRows, lane);
 
   const float scale_log2 = p.args.scale * 1.4426950408889634f;
   QueryRows<kTiles> query[NTiles];
@@ -142,33 +153,39 @@ __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kC
     // The units of one part of a segment: pages, or ring and in-flight tokens.
     const bool pages = now.in_pages();
     const int first_row = now.row_block * kRows;
-    const int end = min(pages ? now.request.pages : now.request.units, now.unit + left);
+    const int end = min(pages ? now.request.units : now.request.exact, now.unit + left);  // of the share
+    const uint8_t* source[NTiles];
 #pragma unroll
     for (int n = 0; n < NTiles; ++n) {
       acc[n].reset();
       const int row = first_row + 8 * n + g;
-      const uint8_t* source = nullptr;
+      source[n] = nullptr;
       if (row < now.request.rows) {
         const int64_t token = now.request.begin + p.args.first_token + row / p.args.group;
-        source = static_cast<const uint8_t*>(p.args.query) + token * p.args.query_token +
-                 (now.head * p.args.group + row % p.args.group) * p.args.query_head;
+        source[n] = static_cast<const uint8_t*>(p.args.query) + token * p.args.query_token +
+                    (now.head * p.args.group + row % p.args.group) * p.args.query_head;
       }
-      query[n].load(source, lane);
     }
+    if (!started) {
+      wait_for_previous_grid();
+      launch_dependents();
+    }
+#pragma unroll
+    for (int n = 0; n < NTiles; ++n) query[n].load(source[n], lane);
     if (!started) fill_all(buffer, next);  // only now: the query must not queue behind every warp's first page
     started = true;
     if (pages) {
 #pragma unroll
       for (int n = 0; n < NTiles; ++n) query[n].rotate(p.args.is_bf16, scale_log2, lane);
     }
-    if (pages) attend_pages<Layout, NTiles>(now.unit, end, now.request.ring_start, buffer, next, query, acc, lane);
+    if (pages) attend_pages<Layout, NTiles>(now.request.ring_start, buffer, next, query, acc, lane);
     else attend_exact<Layout, NTiles>(now.unit, end, now, p, scale_log2, buffer, next, query, acc, lane);
 
     // Read again what the registers had no room for.
     const int rows = min(now.request.rows - now.row_block * kRows, kRows);
-    const int part_begin = pages ? 0 : now.request.pages, part_end = pages ? now.request.pages : now.request.units;
-    const int part = 2 * segment_index(p, now.index, now.head, now.row_block) + (pages ? 0 : 1);
-    const int slot = shared.rank + part;
+    const int part_begin = pages ? now.request.exact : 0, part_end = pages ? now.request.units : now.request.exact;
+    const int part = 2 * segment_index(p, now.index, now.head, now.row_block) + (pages ? 1 : 0);
+    const int slot = shared.walk.rank + part;
 #pragma unroll
     for (int n = 0; n < NTiles; ++n) {
       float* target = p.partial + (static_cast<int64_t>(slot) * p.slot_rows + 8 * n) * Layout::kHeadDim;

@@ -3,14 +3,19 @@
 //
 // A segment is (request, KV head, row block), a row block being up to kRows query
 // rows. Its units of work are, in order,
-//   pages     128 quantized tokens each
 //   ring      one ring page of 16-bit tokens each
 //   in-flight 32 of the step's own tokens each
+//   pages     128 quantized tokens each
 // and all cost about the same. The units of all segments form one line, of which
 // every warp takes an equal, contiguous share; so a segment is shared by neighbouring
-// warps, and a warp touches few segments. The result of a warp for one part (pages, or
-// ring and in-flight tokens) of a segment goes to slot `warp + 2 * segment + part`:
+// warps, and a warp touches few segments. The result of a warp for one part (ring and
+// in-flight tokens, or pages) of a segment goes to slot `warp + 2 * segment + part`:
 // unique, since along the line each new result has a larger warp or a larger part.
+//
+// Multiprocessors do not get the same share of the memory's bandwidth. So a warp that has
+// done its share takes pages from the ends of other shares, as long as they are of the
+// segment whose result it already holds: that costs no further result. Those pages are
+// claimed one by one, in a counter per share, by their owner too.
 #pragma once
 
 #include "oscar/abi.h"
@@ -23,18 +28,22 @@ constexpr int kInFlightTokens = 32;
 
 struct AttentionParams {
   OscarAttentionArgs args;
-  int row_blocks;   // upper bound, from max_query_len
-  int slot_rows;    // rows that a slot holds
-  int2* ranges;     // per part of a segment: first and last slot
-  float2* max_sum;  // [slot][row]: maximum in log2 units, sum of weights
-  float* partial;   // [slot][row][channel]
+  int row_blocks;    // upper bound, from max_query_len
+  int slot_rows;     // rows that a slot holds
+  int warps;         // of the grid
+  int few_warps;     // of these, with little work in long segments
+  int block_stride;  // prime to the number of blocks: which blocks have neighbouring shares
+  unsigned* claims;  // per warp: pages claimed by it and, times kStolen, by others; zero between launches
+  int2* ranges;      // per part of a segment: first and last slot
+  float2* max_sum;   // [slot][row]: maximum in log2 units, sum of weights
+  float* partial;    // [slot][row][channel]
 };
 
 // The per-request numbers that everything else derives from.
 struct Request {
   int begin, query_len, context, ring_start;  // query_len: all of the step's tokens
   int rows;                                   // query rows of this call
-  int row_blocks, pages, copied, units;  // copied: pages and ring pages
+  int row_blocks, ring, exact, units;         // units: of the ring, with those in flight, all
 
   Request() = default;
   OSCAR_DEVICE Request(const AttentionParams& p, int request, int block_rows) {
@@ -45,9 +54,9 @@ struct Request {
     const int tokens = max(min(query_len - p.args.first_token, p.args.max_query_len), 0);
     rows = tokens * p.args.group;
     row_blocks = (rows + block_rows - 1) / block_rows;
-    pages = (ring_start + kPageTokens - 1) / kPageTokens;
-    copied = pages + (context > ring_start ? p.args.ring_pages : 0);
-    units = copied + (p.args.first_token + tokens + kInFlightTokens - 1) / kInFlightTokens;
+    ring = context > ring_start ? p.args.ring_pages : 0;
+    exact = ring + (p.args.first_token + tokens + kInFlightTokens - 1) / kInFlightTokens;
+    units = exact + (ring_start + kPageTokens - 1) / kPageTokens;
   }
 };
 
@@ -60,12 +69,12 @@ struct Cursor {
   Request request;
   int index, head, row_block, unit;
 
-  OSCAR_DEVICE bool in_pages() const { return unit < request.pages; }
-  OSCAR_DEVICE bool in_ring() const { return unit >= request.pages && unit < request.copied; }
+  OSCAR_DEVICE bool in_pages() const { return unit >= request.exact; }
+  OSCAR_DEVICE bool in_ring() const { return unit < request.ring; }
 
   // One past the units of the same kind that begin here.
   OSCAR_DEVICE int run_end() const {
-    return in_pages() ? request.pages : in_ring() ? request.copied : request.units;
+    return in_pages() ? request.units : in_ring() ? request.ring : request.exact;
   }
 
   // To `next`, a unit of this segment or its end, and then to the next segment; the caller
@@ -84,97 +93,212 @@ struct Cursor {
   }
 };
 
+// Equal, contiguous shares of the line.
+struct Shares {
+  unsigned each, rest;  // units of a share, and what is left over
+  int active;           // shares
+  OSCAR_DEVICE int begin(int warp) const {  // without a 64-bit division, which takes 0.3 us
+    return each * warp + rest * warp / active;
+  }
+};
+
+constexpr unsigned kStolen = 1u << 16;
+constexpr int kMostOpen = 1 << 14;
+constexpr int kLongShare = 8;
+constexpr unsigned kLeastShare = 5;  // to look for more work after smaller shares took 2 to 5 % of the time
+
+// What a producer keeps in shared memory: registers are scarce, and this is rarely needed.
+struct Walk {
+  Cursor cursor;        // start of the run
+  const uint8_t* base;  // of the pages or ring pages of the head
+  const int* table;     // row of the request
+  Shares shares;
+  int rank;        // of this warp
+  int first, end;  // on the line: the pages of the segment in which its share ends
+
+  // Pages at the end of a warp's share that have to be claimed. Not the first one, so that
+  // every owner has a result.
+  OSCAR_DEVICE int open(int warp) const {
+    const int stop = shares.begin(warp + 1);
+    return stop <= first || stop > end ? 0 : min(stop - max(shares.begin(warp), first) - 1, kMostOpen);
+  }
+};
+
+OSCAR_DEVICE int claimed(unsigned claims) { return static_cast<int>(claims % kStolen + claims / kStolen); }
+
 // Walks the line one unit ahead of the computation, and the tables two units ahead.
 class Producer {
  public:
-  enum Kind { kPage, kRing, kInFlight, kEnd };
+  enum Kind { kPage, kRing, kInFlight, kWanted, kEnd };
 
-  // `cursor`: this warp's own, in shared memory: registers are scarce and it is rarely needed.
-  OSCAR_DEVICE Producer(const AttentionParams& p, Cursor* cursor, int units, int block_rows, int lane)
-      : p_(p), cursor_(cursor), units_(units), block_rows_(block_rows), lane_(lane) {
-    start_run(*cursor);
+  // `walk`: this warp's own, with cursor, shares and rank.
+  OSCAR_DEVICE Producer(const AttentionParams& p, Walk* walk, int units, int block_rows, int lane)
+      : p_(p), walk_(walk), units_(units), block_rows_(block_rows), lane_(lane) {
+    start_run(walk->cursor);
   }
 
   OSCAR_DEVICE Kind kind() const { return kind_; }
 
+  // Whether the current unit belongs to the same run as the one before.
+  OSCAR_DEVICE bool continues() const { return continues_; }
+
+  // The page of the sequence that the current unit is.
+  OSCAR_DEVICE int page() const { return page_; }
+
   // The page or ring page of the current unit.
   OSCAR_DEVICE const uint8_t* source() const {
-    return base_ + static_cast<int64_t>(entry_) * (kind_ == kPage ? p_.args.page_block : p_.args.ring_block);
+    return walk_->base + static_cast<int64_t>(entry_) * (kind_ == kPage ? p_.args.page_block : p_.args.ring_block);
   }
 
+  // To the next unit. One that has to be claimed is not certain before confirm(): a claim takes a while.
   OSCAR_DEVICE void advance() {
-    if (--units_ == 0) {
+    --units_;
+    if (units_ <= open_) {
+      if (units_ > 0) {
+        if (lane_ == 0) claims_ = atomicAdd(p_.claims + walk_->rank, 1u);
+        next_in_run();
+      } else {
+        claims_ = neighbours_claims();
+        kind_ = kWanted;
+      }
+    } else if (units_ == 0) {
       kind_ = kEnd;
-    } else if (--left_) {
-      if (kind_ == kInFlight) return;
-      entry_ = ahead_;
-      ++table_;
-      if (left_ > 1) ahead_ = table_[1];
+      continues_ = false;
+    } else if (left_ > 1) {
+      next_in_run();
     } else {
       __syncwarp();
-      Cursor c = *cursor_;
+      Cursor c = walk_->cursor;
       __syncwarp();
       c.move_to(c.run_end(), p_, block_rows_);
-      if (lane_ == 0) *cursor_ = c;
+      if (lane_ == 0) walk_->cursor = c;
       start_run(c);
+    }
+  }
+
+  OSCAR_DEVICE void confirm() {
+    if (units_ <= open_ && units_ > 0 && claimed(__shfl_sync(kFullWarp, claims_, 0)) >= open_) kind_ = kWanted;
+  }
+
+  // Where a unit is wanted, take a page from the neighbour that has the most left to claim.
+  OSCAR_DEVICE void take() {
+    if (units_ > 0) claims_ = neighbours_claims();  // others have taken the rest of this share
+    units_ = 0;
+    while (true) {  // every lane has read the claims of one neighbour
+      const int other = neighbour();
+      const bool exists = other >= 0 && other < walk_->shares.active;
+      const int remaining = exists ? max(walk_->open(other) - claimed(claims_), 0) : 0;
+      const int best = __reduce_max_sync(kFullWarp, 32 * remaining + lane_);
+      if (best < 32) {
+        kind_ = kEnd;
+        continues_ = false;
+        return;
+      }
+      const int from = walk_->rank - 16 + best % 32;
+      if (lane_ == 0) claims_ = atomicAdd(p_.claims + from, kStolen);
+      const unsigned claims = __shfl_sync(kFullWarp, claims_, 0);
+      if (claimed(claims) < walk_->open(from)) {
+        page_ = walk_->shares.begin(from + 1) - 1 - static_cast<int>(claims / kStolen) - walk_->first;
+        entry_ = walk_->table[page_];
+        kind_ = kPage;
+        continues_ = true;
+        return;
+      }
+      claims_ = neighbours_claims();
     }
   }
 
  private:
   OSCAR_DEVICE void start_run(const Cursor& c) {
     const OscarAttentionArgs& args = p_.args;
+    continues_ = false;
     left_ = c.run_end() - c.unit;
     kind_ = c.in_pages() ? kPage : c.in_ring() ? kRing : kInFlight;
     if (kind_ == kInFlight) return;
     const bool page = kind_ == kPage;
-    base_ = page ? static_cast<const uint8_t*>(args.pages) + c.head * args.page_head
-                 : static_cast<const uint8_t*>(args.ring) + c.head * args.ring_head;
     const int64_t row = c.index * (page ? args.block_table_row : args.ring_table_row);
-    table_ = reinterpret_cast<const int*>(reinterpret_cast<const uint8_t*>(page ? args.block_table : args.ring_table) +
-                                          row) +
-             (page ? c.unit : c.unit - c.request.pages);
-    entry_ = *table_;
-    if (left_ > 1) ahead_ = table_[1];
+    const int* table =
+        reinterpret_cast<const int*>(reinterpret_cast<const uint8_t*>(page ? args.block_table : args.ring_table) + row);
+    page_ = page ? c.unit - c.request.exact : c.unit;
+    entry_ = table[page_];
+    if (left_ > 1) ahead_ = table[page_ + 1];
+    if (lane_ == 0) {
+      walk_->base = page ? static_cast<const uint8_t*>(args.pages) + c.head * args.page_head
+                         : static_cast<const uint8_t*>(args.ring) + c.head * args.ring_head;
+      walk_->table = table;
+    }
+    const bool last = page && units_ <= left_;  // the share ends in these pages
+    if (last && walk_->shares.each >= kLeastShare && !args.deterministic) {
+      open_ = min(units_ - 1, kMostOpen);
+      if (lane_ == 0) {
+        const int here = walk_->shares.begin(walk_->rank + 1) - units_;
+        walk_->first = here - page_;
+        walk_->end = here + left_;
+      }
+    }
+    __syncwarp();
+  }
+
+  OSCAR_DEVICE void next_in_run() {
+    continues_ = true;
+    --left_;
+    if (kind_ == kInFlight) return;
+    ++page_;
+    entry_ = ahead_;
+    if (left_ > 1) ahead_ = walk_->table[page_ + 1];
+  }
+
+  // The neighbour that this lane looks after.
+  OSCAR_DEVICE int neighbour() const { return walk_->rank - 16 + lane_; }
+
+  OSCAR_DEVICE unsigned neighbours_claims() const {
+    const int other = neighbour();
+    return other >= 0 && other < walk_->shares.active ? __ldcg(p_.claims + other) : 0;
   }
 
   const AttentionParams& p_;
-  Cursor* cursor_;
-  int units_, left_, block_rows_, lane_;
+  Walk* walk_;
+  int units_, left_, block_rows_, lane_;  // units_: of the share, from the current one on
   Kind kind_;
-  int entry_ = 0, ahead_ = 0;  // of the table: this unit's and the next one's
-  const int* table_ = nullptr;
-  const uint8_t* base_ = nullptr;
+  bool continues_;
+  int open_ = -1;  // the last units of the share that have to be claimed; negative: and nothing to steal
+  unsigned claims_ = 0;
+  int page_ = 0, entry_ = 0, ahead_ = 0;  // entries of the table: this unit's and the next one's
 };
 
 // One warp's share of the line: `count` units from `cursor` on.
 struct Share {
+  Shares shares;
   Cursor cursor;
   int count;
 };
 
 // With less work than warps, the first ones take one unit each, so that slots have no gaps.
-OSCAR_DEVICE Share find_share(const AttentionParams& p, int block_rows, int warp, int warps, int lane) {
+OSCAR_DEVICE Share find_share(const AttentionParams& p, int block_rows, int warp, int lane) {
   const auto cost = [&](int request) {
     if (request >= p.args.requests) return 0;
     const Request r(p, request, block_rows);
     return p.args.kv_heads * r.row_blocks * r.units;
   };
-  int total = 0;
-  for (int base = 0; base < p.args.requests; base += 32) total += cost(base + lane);
+  int own = cost(lane), total = own;
+  for (int base = 32; base < p.args.requests; base += 32) total += cost(base + lane);
   total = __reduce_add_sync(kFullWarp, total);
 
+  // Few warps get through a page sooner, and so to the end together; they wait longer between segments.
+  const int segments = p.args.requests * p.args.kv_heads * p.row_blocks;
+  const bool few = segments <= static_cast<int>(gridDim.x) && total < kLongShare * p.warps;
   Share share;
   share.count = 0;
-  const int active = min(total, warps);
-  if (warp >= active) return share;
-  // total * warp / active without a 64-bit division, which takes 0.3 us.
-  const unsigned each = static_cast<unsigned>(total) / active, rest = total - each * active;
-  const int begin = each * warp + rest * warp / active;
-  share.count = each * (warp + 1) + rest * (warp + 1) / active - begin;
+  Shares& shares = share.shares;
+  shares.active = min(total, few ? p.few_warps : p.warps);
+  if (warp >= shares.active) return share;
+  shares.each = static_cast<unsigned>(total) / shares.active;
+  shares.rest = total - shares.each * shares.active;
+  const int begin = shares.begin(warp);
+  share.count = shares.begin(warp + 1) - begin;
 
   int before = 0;  // units of the requests before `base`
-  for (int base = 0;; base += 32) {
-    const int own = cost(base + lane);
+  for (int base = 0;; base += 32, own = cost(base + lane)) {
     int upto = own;
 #pragma unroll
     for (int d = 1; d < 32; d <<= 1) {

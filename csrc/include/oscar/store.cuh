@@ -122,6 +122,7 @@ template <class Layout>
 __global__ void __launch_bounds__(kStoreThreads, 1) store_kernel(const __grid_constant__ OscarStoreArgs p) {
   constexpr int kDim = Layout::kHeadDim, kChannels = kDim / 32, kTiles = Layout::kTiles;
   extern __shared__ __align__(128) uint8_t raw[];
+  launch_dependents();  // attention may start; it waits before it reads pages
   StoreShared<Layout>& shared = *reinterpret_cast<StoreShared<Layout>*>(raw);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int head = blockIdx.x, request_index = blockIdx.z;
@@ -318,6 +319,7 @@ OSCAR_DEVICE void copy_row(uint8_t* target, const uint8_t* source, int bytes, in
 
 static __global__ void __launch_bounds__(kStoreThreads)
     write_ring_kernel(const __grid_constant__ OscarStoreArgs p, int tokens_per_page) {
+  wait_for_previous_grid();
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int request_index = blockIdx.y, row_bytes = p.format.head_dim * 2;
   const StoreRequest request(p, request_index);
