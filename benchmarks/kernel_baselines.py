@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the decode kernel is compared with: vLLM's own kernels on caches of the same shape.
+"""What the decode kernel is compared with, on caches of the same shape: vLLM's own kernels, FlashInfer, xformers.
 
 Each function returns the launches to be timed, on disjoint caches, and the bytes that one of them reads.
+FlashInfer compiles its kernel at first use.
 """
 
 from __future__ import annotations
@@ -51,6 +52,80 @@ def flash_attention_3(
         )  # fmt: skip
 
     return [launch(i) for i in range(sets)], nbytes
+
+
+def _require_right(name: str, out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Refuse a baseline whose ``out [B, Hq, D]`` is wrong for ``query`` and ``key``, ``value [B, n, H, D]``."""
+    key, value = (x.float().repeat_interleave(query.shape[1] // x.shape[2], 2) for x in (key, value))
+    weights = torch.einsum("bhd,bnhd->bhn", query.float(), key).mul(query.shape[2] ** -0.5).softmax(-1)
+    expected = torch.einsum("bhn,bnhd->bhd", weights, value)
+    error = ((out.float() - expected).norm() / expected.norm()).item()
+    if not error < 2e-2:
+        raise RuntimeError(f"{name}: error {error:.1e}: not timed")
+
+
+def flashinfer(batch: int, context: int, heads: int, group: int, dim: int, rotated_bytes: float, page: int) -> Launches:
+    """FlashInfer's decode with tensor cores on bf16 blocks of ``page`` tokens."""
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+    def make(batch: int, context: int, sets: int):
+        per_sequence = -(-context // page)
+        count = sets * batch * per_sequence
+        cache = torch.empty(2, count, page, heads, dim, dtype=torch.bfloat16, device="cuda").normal_()
+        table = torch.randperm(count, device="cuda").int().view(sets, batch, per_sequence)
+        query, lens = _step(batch, context, heads * group, dim)
+        starts = torch.arange(batch + 1, dtype=torch.int32) * per_sequence
+        last = torch.full((batch,), (context - 1) % page + 1, dtype=torch.int32)
+        out = torch.empty_like(query)
+
+        def launch(i: int) -> Callable[[], object]:
+            workspace = torch.empty(128 << 20, dtype=torch.uint8, device="cuda")
+            wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
+            wrapper.plan(
+                starts, table[i].flatten(), last, heads * group, heads, dim, page,
+                q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16,
+            )  # fmt: skip
+            return lambda: wrapper.run(query, (cache[0], cache[1]), out=out)
+
+        return [launch(i) for i in range(sets)], cache, table, query, out
+
+    launches, cache, table, query, out = make(2, 1000, 1)
+    launches[0]()
+    _require_right("FlashInfer", out, query, *(cache[:, table[0].long()].flatten(2, 3)[:, :, :1000]))
+    nbytes = batch * context * heads * dim * 4
+    return make(batch, context, _sets(nbytes, rotated_bytes))[0], nbytes
+
+
+def xformers_int4(batch: int, context: int, heads: int, group: int, dim: int, rotated_bytes: float) -> Launches:
+    """xformers' ``triton_splitk`` with int4 keys and values, one scale and shift per row, not paged."""
+    from xformers.ops.fmha import Inputs, triton_splitk
+
+    def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of fp16 scale, shift and codes as int32, and what they stand for."""
+        low, high = x.aminmax(dim=-1, keepdim=True)
+        scale, shift = ((high - low) / 15).half(), low.half()
+        codes = ((x - shift) / scale).round().clamp(0, 15)
+        packed = codes.byte()[..., ::2] | codes.byte()[..., 1::2] << 4
+        rows = torch.cat([scale.view(torch.uint8), shift.view(torch.uint8), packed], -1)
+        return rows.view(torch.int32), codes * scale + shift
+
+    some = torch.randn(2, 4096, heads, dim, device="cuda")
+    rows, exact = quantize(some)
+
+    def launch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Callable[[], torch.Tensor]:
+        spread = (x[:, :, :, None].expand(-1, -1, -1, group, -1) for x in (key, value))
+        inputs = Inputs(query.view(len(query), 1, heads, group, dim), *spread)
+        return lambda: triton_splitk.FwOp.apply(inputs, needs_gradient=False)[0]
+
+    query, _ = _step(1, context, heads * group, dim)
+    _require_right("xformers", launch(query, *rows[:, None])()[:, 0].flatten(1, 2), query, *exact[:, None])
+    nbytes = batch * context * heads * rows.shape[-1] * 8
+    sets = _sets(nbytes, rotated_bytes)
+    cache = torch.empty(2, sets, batch, context, *rows.shape[2:], dtype=torch.int32, device="cuda")
+    for part in cache.flatten(0, 2):
+        part.copy_(rows[0, torch.randint(4096, (context,), device="cuda")])
+    query, _ = _step(batch, context, heads * group, dim)
+    return [launch(query, cache[0, i], cache[1, i]) for i in range(sets)], nbytes
 
 
 def turboquant(

@@ -38,8 +38,11 @@ ERROR_LIMIT = 8e-3
 
 
 # ---- timing ---------------------------------------------------------------------
-def time_us(launches: list, minimum: int = 8) -> float:
-    """Median time of one launch; ``launches`` are equivalent calls on different data."""
+def time_us(launches: list, minimum: int = 36) -> float:
+    """Median time of one launch in a graph of ``minimum`` or more, as many as a model has layers.
+
+    ``launches`` are equivalent calls on different data.
+    """
     repeat = -(-minimum // len(launches))
     for launch in launches:
         launch()
@@ -131,9 +134,10 @@ def big_case(fmt: PageFormat, batch: int, context: int, heads: int, group: int, 
 
 
 def attention_launch(ops, case: Case, **options):
+    """As vLLM launches it: nothing that ran before has just written tables or lengths."""
     out = torch.empty_like(case.query)
     if ops is cuda:
-        options["max_query_len"] = case.max_query_len
+        options |= {"max_query_len": case.max_query_len, "tables_ready": True}
     return lambda: ops.attention(
         out, case.query, case.key, case.value, *case.cache, case.ring_start, case.ring_pages, case.scale, case.fmt,
         **options,
@@ -177,6 +181,12 @@ def flash_us(*shape: int) -> tuple[float, int]:
     batch, _, heads, *_ = shape
     options = [0] + ([16, 32] if batch * heads < 132 else [])
     runs = (baselines.flash_attention_3(*shape, ROTATED_BYTES, splits) for splits in options)
+    return min((time_us(launches), nbytes) for launches, nbytes in runs)
+
+
+def flashinfer_us(*shape: int) -> tuple[float, int]:
+    """FlashInfer in bf16 at the better of two block sizes: time, bytes."""
+    runs = (baselines.flashinfer(*shape, ROTATED_BYTES, page) for page in (16, 128))
     return min((time_us(launches), nbytes) for launches, nbytes in runs)
 
 
@@ -300,6 +310,8 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", help="BATCHxCONTEXT, e.g. 8x32768")
     parser.add_argument("--warps", nargs="*", default=["0"], help="WARPS[@LIBRARY] per block to compare")
     parser.add_argument("--flash", action="store_true", help="time FlashAttention-3 too")
+    parser.add_argument("--flashinfer", action="store_true", help="time FlashInfer too")
+    parser.add_argument("--xformers", action="store_true", help="time xformers' int4 kernel too")
     parser.add_argument("--turboquant", action="store_true", help="time vLLM's turboquant_3bit_nc kernel too")
     parser.add_argument("--triton", action="store_true", help="check and time the Triton kernels too")
     parser.add_argument("--store", action="store_true", help="time store_pages and write_ring too")
@@ -337,6 +349,16 @@ def main() -> None:
                 best, nbytes = flash_us(*sizes)
                 results.add_attention(best, nbytes, kernel="flash-attention-3 bf16", **shape)
                 torch.cuda.empty_cache()
+            if options.flashinfer:
+                us, nbytes = flashinfer_us(*sizes)
+                results.add_attention(us, nbytes, best, kernel="flashinfer bf16", **shape)
+                best = min(us, best or us)
+                torch.cuda.empty_cache()
+            if options.xformers:
+                launches, nbytes = baselines.xformers_int4(*sizes, ROTATED_BYTES)
+                results.add_attention(time_us(launches), nbytes, best, kernel="xformers int4", **shape)
+                del launches
+                torch.cuda.empty_cache()
             if options.turboquant:
                 launches, nbytes = baselines.turboquant(*sizes, ROTATED_BYTES)
                 results.add_attention(time_us(launches), nbytes, best, kernel="turboquant_3bit_nc", **shape)
@@ -359,6 +381,7 @@ def main() -> None:
                         cuda.LIBRARY = path
                         cuda._library.cache_clear()
                         cuda._workspace_bytes.cache_clear()
+                        cuda._workspaces.clear()  # its counters are that library's
                     try:
                         if expected is not None:
                             error = relative_error(steps[0].attention(ops, **extra), expected)
