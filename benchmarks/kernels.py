@@ -93,7 +93,9 @@ def big_case(fmt: PageFormat, batch: int, context: int, heads: int, group: int, 
     Sequences have ``context`` tokens including the step's one; pages repeat a pool of
     encoded random blocks in random order.
     """
-    seed = make_case(fmt, [(PAGE_TOKENS * 64, 1)] * 8, kv_heads=heads, group=group, dtype=dtype, seed=context + batch)
+    seed = make_case(
+        fmt, [(PAGE_TOKENS * 64, 1)] * 8, kv_heads=heads, group=group, dtype=dtype, lookahead=0, seed=context + batch
+    )
     encoded = seed.pages[seed.block_table[:, :64].long()]  # [8, 64, H, bytes]
     per_sequence = -(-context // PAGE_TOKENS)
     start = max(0, context - 1 - PAGE_TOKENS)

@@ -38,7 +38,7 @@ void attend(const OscarAttentionArgs& args) {
   for (unsigned claims : claims) taken += claims / kStolen;
   std::memset(raw, 0xff, sizeof(raw));
   emulator::launch({static_cast<unsigned>(segments), static_cast<unsigned>(p.slot_rows), 2}, 32 * kCombine,
-                   [&] { combine_kernel<Layout::kHeadDim>(p, 8 * NTiles); });
+                   [&] { combine_kernel<Layout::kHeadDim>(p, Tiling{8 * NTiles, Layout::kRingTokens}); });
   for (unsigned left : claims) {
     if (left) std::abort();  // the next launch expects zeros
   }

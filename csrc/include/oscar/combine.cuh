@@ -65,7 +65,7 @@ struct CombineShared {
 
 template <int HeadDim>
 __global__ void __launch_bounds__(32 * kCombineWarps)
-    combine_kernel(const __grid_constant__ AttentionParams p, int block_rows) {
+    combine_kernel(const __grid_constant__ AttentionParams p, const Tiling tiling) {
   extern __shared__ __align__(128) uint8_t raw[];
   CombineShared* shared = reinterpret_cast<CombineShared*>(raw);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
   const int lanes = HeadDim / kCombineChannels / gridDim.z;  // for a slot; a warp reads several at once
   const int channel = (blockIdx.z * lanes + lane % lanes) * kCombineChannels;
   const int row_block = segment % p.row_blocks, head = segment / p.row_blocks % p.args.kv_heads;
-  const Request request(p, segment / p.row_blocks / p.args.kv_heads, block_rows);
-  const int query_row = row_block * block_rows + row;
+  const Request request(p, segment / p.row_blocks / p.args.kv_heads, tiling);
+  const int query_row = row_block * tiling.rows + row;
   launch_dependents();
   wait_for_previous_grid();  // every block: who waits for this grid relies on the decode kernel's end, too
   const int block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);

@@ -88,7 +88,8 @@ OSCAR_DEVICE void attend_exact(int unit, int end, const Cursor& c, const Attenti
     if (ring) {
       constexpr int kTokens = Layout::kRingTokens;
       const int capacity = kTokens * args.ring_pages;
-      const int slot = unit * kTokens + lane;
+      const int index = request.ring_first + unit;
+      const int slot = (index < args.ring_pages ? index : index - args.ring_pages) * kTokens + lane;
       const int age = slot - request.ring_start % capacity;  // from the oldest token on, cyclic
       readable = lane < kTokens && (age < 0 ? age + capacity : age) < request.context - request.ring_start;
       tokens.key = buffer.codes();
@@ -118,6 +119,7 @@ template <class Layout, int NTiles>
 __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kCapability), 1)
     decode_kernel(const __grid_constant__ AttentionParams p) {
   constexpr int kRows = 8 * NTiles, kTiles = Layout::kTiles;
+  constexpr Tiling kTiling{kRows, Layout::kRingTokens};
   extern __shared__ __align__(128) uint8_t raw[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int g = lane >> 2, t = lane & 3;
@@ -126,7 +128,7 @@ __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kC
 
   // Little work spreads over all multiprocessors, and neighbours over distant ones, whose speeds differ.
   const int global_warp = warp * gridDim.x + blockIdx.x * p.block_stride % gridDim.x;
-  Share share = find_share(p, kRows, global_warp, lane);
+  Share share = find_share(p, kTiling, global_warp, lane);
   int left = share.count;
   // The combine kernel, which waits for this one alone, may read what others wrote before: dependents only after a wait.
   if (left == 0) {
@@ -142,7 +144,7 @@ __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kC
   }
   __syncwarp();
   PageBuffer<Layout> buffer(shared.page, shared.barriers, lane);
-  Producer next(p, &shared.walk, left, kRows, lane);
+  Producer next(p, &shared.walk, left, kTiling, lane);
 
   const float scale_log2 = p.args.scale * 1.4426950408889634f;
   QueryRows<kTiles> query[NTiles];
@@ -207,7 +209,7 @@ __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kC
     if (left == 0) return;
     Cursor c = now;
     __syncwarp();
-    c.move_to(end, p, kRows);
+    c.move_to(end, p, kTiling);
     if (lane == 0) shared.now = c;
     __syncwarp();
   }

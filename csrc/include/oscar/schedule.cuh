@@ -3,7 +3,7 @@
 //
 // A segment is (request, KV head, row block), a row block being up to kRows query
 // rows. Its units of work are, in order,
-//   ring      one ring page of 16-bit tokens each
+//   ring      one ring page of 16-bit tokens each, as far as it holds any that are needed
 //   in-flight 32 of the step's own tokens each
 //   pages     128 quantized tokens each
 // and all cost about the same. The units of all segments form one line, of which
@@ -39,22 +39,36 @@ struct AttentionParams {
   float* partial;    // [slot][row][channel]
 };
 
+// Sizes that are constants of a decode kernel.
+struct Tiling {
+  int rows;         // of a row block
+  int ring_tokens;  // of a ring page
+};
+
 // The per-request numbers that everything else derives from.
 struct Request {
   int begin, query_len, context, ring_start;  // query_len: all of the step's tokens
   int rows;                                   // query rows of this call
+  int ring_first;                             // index of the ring page that holds the oldest token
   int row_blocks, ring, exact, units;         // units: of the ring, with those in flight, all
 
   Request() = default;
-  OSCAR_DEVICE Request(const AttentionParams& p, int request, int block_rows) {
+  OSCAR_DEVICE Request(const AttentionParams& p, int request, const Tiling& tiling) {
     begin = p.args.query_start_loc[request];
     query_len = p.args.query_start_loc[request + 1] - begin;
     context = max(p.args.seq_lens[request] - query_len, 0);
     ring_start = min(max(p.args.ring_start[request], 0), context);
     const int tokens = max(min(query_len - p.args.first_token, p.args.max_query_len), 0);
     rows = tokens * p.args.group;
-    row_blocks = (rows + block_rows - 1) / block_rows;
-    ring = context > ring_start ? p.args.ring_pages : 0;
+    row_blocks = (rows + tiling.rows - 1) / tiling.rows;
+    const int capacity = tiling.ring_tokens * p.args.ring_pages, held = context - ring_start;
+    ring_first = 0;
+    ring = held > 0 ? p.args.ring_pages : 0;
+    if (held > 0 && held <= capacity - tiling.ring_tokens) {  // not every page; a full ring is spared the divisions
+      const int oldest = ring_start % capacity;
+      ring_first = oldest / tiling.ring_tokens;
+      ring = (oldest % tiling.ring_tokens + held + tiling.ring_tokens - 1) / tiling.ring_tokens;
+    }
     exact = ring + (p.args.first_token + tokens + kInFlightTokens - 1) / kInFlightTokens;
     units = exact + (ring_start + kPageTokens - 1) / kPageTokens;
   }
@@ -79,7 +93,7 @@ struct Cursor {
 
   // To `next`, a unit of this segment or its end, and then to the next segment; the caller
   // knows that there is one.
-  OSCAR_DEVICE void move_to(int next, const AttentionParams& p, int block_rows) {
+  OSCAR_DEVICE void move_to(int next, const AttentionParams& p, const Tiling& tiling) {
     unit = next;
     if (unit < request.units) return;
     unit = 0;
@@ -88,7 +102,7 @@ struct Cursor {
     if (++head < p.args.kv_heads) return;
     head = 0;
     do {
-      request = Request(p, ++index, block_rows);
+      request = Request(p, ++index, tiling);
     } while (request.row_blocks == 0);
   }
 };
@@ -104,14 +118,15 @@ struct Shares {
 
 constexpr unsigned kStolen = 1u << 16;
 constexpr int kMostOpen = 1 << 14;
-constexpr int kLongShare = 8;
+constexpr int kFewTime = 7, kAllTime = 10;  // for a unit, when eight or twelve warps of a block take part
 constexpr unsigned kLeastShare = 5;  // to look for more work after smaller shares took 2 to 5 % of the time
 
 // What a producer keeps in shared memory: registers are scarce, and this is rarely needed.
 struct Walk {
   Cursor cursor;        // start of the run
   const uint8_t* base;  // of the pages or ring pages of the head
-  const int* table;     // row of the request
+  const int* table;     // row of the request; of the ring's, from its first page on
+  int wrap;             // index in the table after which it goes on ring_pages earlier
   Shares shares;
   int rank;        // of this warp
   int first, end;  // on the line: the pages of the segment in which its share ends
@@ -132,8 +147,8 @@ class Producer {
   enum Kind { kPage, kRing, kInFlight, kWanted, kEnd };
 
   // `walk`: this warp's own, with cursor, shares and rank.
-  OSCAR_DEVICE Producer(const AttentionParams& p, Walk* walk, int units, int block_rows, int lane)
-      : p_(p), walk_(walk), units_(units), block_rows_(block_rows), lane_(lane) {
+  OSCAR_DEVICE Producer(const AttentionParams& p, Walk* walk, int units, const Tiling& tiling, int lane)
+      : p_(p), walk_(walk), units_(units), tiling_(tiling), lane_(lane) {
     start_run(walk->cursor);
   }
 
@@ -170,7 +185,7 @@ class Producer {
       __syncwarp();
       Cursor c = walk_->cursor;
       __syncwarp();
-      c.move_to(c.run_end(), p_, block_rows_);
+      c.move_to(c.run_end(), p_, tiling_);
       if (lane_ == 0) walk_->cursor = c;
       start_run(c);
     }
@@ -199,7 +214,7 @@ class Producer {
       const unsigned claims = __shfl_sync(kFullWarp, claims_, 0);
       if (claimed(claims) < walk_->open(from)) {
         page_ = walk_->shares.begin(from + 1) - 1 - static_cast<int>(claims / kStolen) - walk_->first;
-        entry_ = walk_->table[page_];
+        entry_ = entry(page_);
         kind_ = kPage;
         continues_ = true;
         return;
@@ -217,15 +232,14 @@ class Producer {
     if (kind_ == kInFlight) return;
     const bool page = kind_ == kPage;
     const int64_t row = c.index * (page ? args.block_table_row : args.ring_table_row);
-    const int* table =
-        reinterpret_cast<const int*>(reinterpret_cast<const uint8_t*>(page ? args.block_table : args.ring_table) + row);
     page_ = page ? c.unit - c.request.exact : c.unit;
-    entry_ = table[page_];
-    if (left_ > 1) ahead_ = table[page_ + 1];
     if (lane_ == 0) {
+      walk_->table = reinterpret_cast<const int*>(
+                         reinterpret_cast<const uint8_t*>(page ? args.block_table : args.ring_table) + row) +
+                     (page ? 0 : c.request.ring_first);
+      walk_->wrap = page ? INT32_MAX : args.ring_pages - c.request.ring_first;
       walk_->base = page ? static_cast<const uint8_t*>(args.pages) + c.head * args.page_head
                          : static_cast<const uint8_t*>(args.ring) + c.head * args.ring_head;
-      walk_->table = table;
     }
     const bool last = page && units_ <= left_;  // the share ends in these pages
     if (last && walk_->shares.each >= kLeastShare && !args.deterministic) {
@@ -237,7 +251,11 @@ class Producer {
       }
     }
     __syncwarp();
+    entry_ = entry(page_);
+    if (left_ > 1) ahead_ = entry(page_ + 1);
   }
+
+  OSCAR_DEVICE int entry(int i) const { return walk_->table[i < walk_->wrap ? i : i - p_.args.ring_pages]; }
 
   OSCAR_DEVICE void next_in_run() {
     continues_ = true;
@@ -245,7 +263,7 @@ class Producer {
     if (kind_ == kInFlight) return;
     ++page_;
     entry_ = ahead_;
-    if (left_ > 1) ahead_ = walk_->table[page_ + 1];
+    if (left_ > 1) ahead_ = entry(page_ + 1);
   }
 
   // The neighbour that this lane looks after.
@@ -258,7 +276,8 @@ class Producer {
 
   const AttentionParams& p_;
   Walk* walk_;
-  int units_, left_, block_rows_, lane_;  // units_: of the share, from the current one on
+  Tiling tiling_;
+  int units_, left_, lane_;  // units_: of the share, from the current one on
   Kind kind_;
   bool continues_;
   int open_ = -1;  // the last units of the share that have to be claimed; negative: and nothing to steal
@@ -274,19 +293,21 @@ struct Share {
 };
 
 // With less work than warps, the first ones take one unit each, so that slots have no gaps.
-OSCAR_DEVICE Share find_share(const AttentionParams& p, int block_rows, int warp, int lane) {
+OSCAR_DEVICE Share find_share(const AttentionParams& p, const Tiling& tiling, int warp, int lane) {
   const auto cost = [&](int request) {
     if (request >= p.args.requests) return 0;
-    const Request r(p, request, block_rows);
+    const Request r(p, request, tiling);
     return p.args.kv_heads * r.row_blocks * r.units;
   };
   int own = cost(lane), total = own;
   for (int base = 32; base < p.args.requests; base += 32) total += cost(base + lane);
   total = __reduce_add_sync(kFullWarp, total);
 
-  // Few warps get through a page sooner, and so to the end together; they wait longer between segments.
+  // Few warps get through a unit sooner, but wait longer between segments.
   const int segments = p.args.requests * p.args.kv_heads * p.row_blocks;
-  const bool few = segments <= static_cast<int>(gridDim.x) && total < kLongShare * p.warps;
+  const auto longest = [&](int warps) { return static_cast<int>((total + warps - 1u) / warps); };
+  const bool few =
+      segments <= static_cast<int>(gridDim.x) && kFewTime * longest(p.few_warps) < kAllTime * longest(p.warps);
   Share share;
   share.count = 0;
   Shares& shares = share.shares;
@@ -310,7 +331,7 @@ OSCAR_DEVICE Share find_share(const AttentionParams& p, int block_rows, int warp
       const int found = __ffs(beyond) - 1;
       Cursor& c = share.cursor;
       c.index = base + found;
-      c.request = Request(p, c.index, block_rows);
+      c.request = Request(p, c.index, tiling);
       int inside = begin - before - __shfl_sync(kFullWarp, upto - own, found);
       c.unit = inside % c.request.units;
       inside /= c.request.units;
