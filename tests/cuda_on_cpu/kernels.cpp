@@ -25,7 +25,6 @@ void attend(const OscarAttentionArgs& args) {
   std::vector<float> partial(slots * p.slot_rows * Layout::kHeadDim, poison);
   p.warps = kBlocks * kWarps;
   p.few_warps = kBlocks;
-  p.block_stride = 2;
   std::vector<unsigned> claims(p.warps);
   p.claims = claims.data();
   p.ranges = ranges.data();

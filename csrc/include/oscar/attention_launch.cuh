@@ -4,7 +4,6 @@
 #pragma once
 
 #include <algorithm>
-#include <numeric>
 
 #include "oscar/combine.cuh"
 #include "oscar/decode.cuh"
@@ -29,13 +28,6 @@ struct LaunchShape {
 constexpr int kMostWarps = 16, kFewWarps = 8;  // of a block
 
 inline int64_t align256(int64_t bytes) { return (bytes + 255) / 256 * 256; }
-
-// Prime to `blocks` and near its golden section, so that the multiples of any run of numbers are spread evenly.
-inline int spreading_stride(int blocks) {
-  int stride = std::max(1, blocks * 618 / 1000);
-  while (std::gcd(stride, blocks) != 1) ++stride;
-  return stride;
-}
 
 // With more than eight query rows, sixteen share a reading of the pages; larger heads
 // leave no registers for that.
@@ -140,7 +132,6 @@ int attention(const OscarAttentionArgs& args, cudaStream_t stream) {
     params.slot_rows = shape.slot_rows;
     params.warps = shape.blocks * shape.warps;
     params.few_warps = args.warps ? params.warps : shape.blocks * std::min(shape.warps, kFewWarps);
-    params.block_stride = spreading_stride(shape.blocks);
     uint8_t* workspace = static_cast<uint8_t*>(args.workspace);
     params.claims = reinterpret_cast<unsigned*>(workspace);
     params.ranges = reinterpret_cast<int2*>(workspace += shape.claims_bytes);

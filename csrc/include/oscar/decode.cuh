@@ -126,8 +126,7 @@ __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kC
   PageBuffer<Layout>::init(reinterpret_cast<WarpShared<Layout>*>(raw)[warp].barriers, lane);  // need not wait
   if (!p.args.tables_ready) wait_for_previous_grid();
 
-  // Little work spreads over all multiprocessors, and neighbours over distant ones, whose speeds differ.
-  const int global_warp = warp * gridDim.x + blockIdx.x * p.block_stride % gridDim.x;
+  const int global_warp = warp * gridDim.x + blockIdx.x;  // little work spreads over all multiprocessors
   Share share = find_share(p, kTiling, global_warp, lane);
   int left = share.count;
   // The combine kernel, which waits for this one alone, may read what others wrote before: dependents only after a wait.

@@ -32,7 +32,6 @@ struct AttentionParams {
   int slot_rows;     // rows that a slot holds
   int warps;         // of the grid
   int few_warps;     // of these, with little work in long segments
-  int block_stride;  // prime to the number of blocks: which blocks have neighbouring shares
   unsigned* claims;  // per warp: pages claimed by it and, times kStolen, by others; zero between launches
   int2* ranges;      // per part of a segment: first and last slot
   float2* max_sum;   // [slot][row]: maximum in log2 units, sum of weights
@@ -126,10 +125,10 @@ struct Walk {
   Cursor cursor;        // start of the run
   const uint8_t* base;  // of the pages or ring pages of the head
   const int* table;     // row of the request; of the ring's, from its first page on
-  int wrap;             // index in the table after which it goes on ring_pages earlier
   Shares shares;
   int rank;        // of this warp
   int first, end;  // on the line: the pages of the segment in which its share ends
+  int wrap;        // the first index in the table that means an entry ring_pages before it
 
   // Pages at the end of a warp's share that have to be claimed. Not the first one, so that
   // every owner has a result.
