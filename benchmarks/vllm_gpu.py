@@ -6,7 +6,7 @@
 
 ``check`` uses the demo model: with the lossless codec, logprobs are those of ``auto``, within bf16 rounding;
 with INT2, the facts of its recall prompts come back: eager, with full and piecewise
-CUDA graphs, under both model runners and with n-gram speculation.
+CUDA graphs, under both model runners, with n-gram speculation and, on request, on several GPUs.
 ``speed`` uses a model of Qwen3-8B's shape with dummy weights (speed and memory are
 real, text means nothing). Each engine runs in a process of its own, unless ``--one-process``.
 """
@@ -210,6 +210,7 @@ def check(
     model: Annotated[Path, typer.Option()] = ROOT / "examples" / "demo_model",
     timeout: Annotated[float, typer.Option(help="Seconds per engine.")] = 150,
     one_process: Annotated[bool, typer.Option(help="All engines in this process: faster, less separate.")] = False,
+    ranks: Annotated[int, typer.Option(help="Tensor-parallel ranks of two further runs.")] = 1,
 ) -> None:
     """Correctness through vLLM on this GPU; fails if a run fails or a fact does not come back."""
     common = dict(model=str(model), max_model_len=4096, kv_cache_memory_bytes=1 << 30, max_num_seqs=16,
@@ -226,9 +227,13 @@ def check(
         ),
         "oscar n-gram drafts": dict(oscar, speculative_config=drafts, enforce_eager=True),
     }
+    if ranks > 1:
+        runs |= {f"{name}, {ranks} ranks": dict(runs[name], tensor_parallel_size=ranks)
+                 for name in ("oscar lossless", "oscar graphs")}  # fmt: skip
     results = {}
     for name, options in runs.items():
-        run = engine_here if one_process else partial(engine, timeout=timeout)
+        here = one_process and "tensor_parallel_size" not in options
+        run = engine_here if here else partial(engine, timeout=timeout)
         results[name] = run("check", {}, **common, **options)
         if results["auto"] and results[name]:
             print(name, results[name]["recalled"], worst_difference(results["auto"], results[name]), flush=True)

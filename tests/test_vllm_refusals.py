@@ -207,9 +207,15 @@ def test_an_unknown_codec(refusal, monkeypatch, codec):
     assert f"VLLM_OSCAR_CODEC='{codec}' is unknown; use 'oscar' or 'lossless', or unset it" in refusal()
 
 
+def test_an_unknown_kind_of_determinism(refusal, monkeypatch):
+    monkeypatch.setenv("VLLM_OSCAR_DETERMINISTIC", "yes")
+    assert "VLLM_OSCAR_DETERMINISTIC='yes' is unknown; use 0 or 1, or unset it" in refusal()
+
+
 def test_our_variables_pass_vllms_validation(refusal, monkeypatch):
     monkeypatch.setenv("VLLM_OSCAR_CODEC", "lossless")
     monkeypatch.setenv("VLLM_OSCAR_KERNELS", "reference")
+    monkeypatch.setenv("VLLM_OSCAR_DETERMINISTIC", "1")
     assert refusal.create(fail_on_environ_validation=True)
     monkeypatch.setenv("VLLM_OSCAR_CODECS", "lossless")
     assert "VLLM_OSCAR_CODECS" in refusal(fail_on_environ_validation=True)

@@ -47,6 +47,7 @@ def check_config(vllm_config) -> None:
     _check_speculation(vllm_config.speculative_config, dtype)
     if vllm_config.model_config is not None:
         _check_model(vllm_config.model_config, dtype)
+    envs.deterministic()  # refuses values that it does not know, before a kernel asks
     if envs.lossless_codec():
         logger.warning(
             "VLLM_OSCAR_CODEC=lossless: the KV cache is NOT compressed. This is a test mode; unset it to serve."

@@ -5,7 +5,9 @@ The functions are those of :mod:`vllm_oscar.ops.reference`, plus ``max_query_len
 host-side upper bound on the tokens per request. Nothing here synchronizes with the
 device, and every launch depends on shapes and ``max_query_len`` alone: one CUDA graph
 serves all lengths, tables and contents. Attention needs a workspace of fixed address;
-call :func:`reserve` before capturing graphs, or run each shape once before.
+call :func:`reserve` before capturing graphs, or run each shape once before. Warps take
+work from each other as they get free, so that repeated calls differ by rounding, unless
+``VLLM_OSCAR_DETERMINISTIC=1`` (read when a call is made or captured).
 """
 
 from __future__ import annotations
