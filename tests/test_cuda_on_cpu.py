@@ -75,6 +75,7 @@ def test_pages_taken_from_other_warps(emulated, preset, monkeypatch):
     monkeypatch.setenv("VLLM_OSCAR_DETERMINISTIC", "1")
     assert relative_error(case.attention(emulated), expected) < 6e-3
     assert emulated.thefts() == 0
+    assert not emulated.counters(case.query.device).any(), "the next launch expects zeros"
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -25,6 +25,7 @@ from vllm_oscar.format import PageFormat
 GRAPH_SUPPORT = "UNIFORM_BATCH"
 LIBRARY = Path(__file__).parents[1] / "lib" / "oscar_cuda.so"
 HEAD_DIMS = (64, 128, 256)
+COUNTER_BYTES = 65536  # OSCAR_COUNTER_BYTES
 MAX_DECODE_QUERY = 16
 """Longer queries are split: several launches per call."""
 
@@ -43,7 +44,7 @@ class _Format(ctypes.Structure):
 class _AttentionArgs(ctypes.Structure):
     _fields_ = (
         _fields(ctypes.c_void_p, "out query key value pages ring block_table ring_table query_start_loc seq_lens")
-        + _fields(ctypes.c_void_p, "ring_start workspace")
+        + _fields(ctypes.c_void_p, "ring_start workspace counters")
         + _fields(ctypes.c_int64, "workspace_bytes out_token out_head query_token query_head key_token key_head")
         + _fields(ctypes.c_int64, "value_token value_head page_block page_head ring_block ring_head")
         + _fields(ctypes.c_int64, "block_table_row ring_table_row")
@@ -192,6 +193,17 @@ def _query_chunk(requests: int, max_query_len: int) -> int:
     return min(max_query_len, max(MAX_DECODE_QUERY, 1024 // requests))
 
 
+@cache
+def counters(device: torch.device) -> torch.Tensor:
+    """Zeros for the warps' bookkeeping, which every call leaves as zeros; all calls on ``device`` share them."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "OScaR CUDA kernels: the first attention of a process is captured in a CUDA graph, which only records "
+            "that counters be cleared; run it once before (vLLM: leave cudagraph_num_of_warmups at 1 or more)"
+        )
+    return torch.zeros(COUNTER_BYTES, dtype=torch.uint8, device=device)
+
+
 def reserve(
     fmt: PageFormat, requests: int, kv_heads: int, query_heads: int, max_query_len: int, device: torch.device
 ) -> torch.Tensor:
@@ -207,8 +219,7 @@ def reserve(
         if current is not None:
             _retired.append(current)
         # Powers of two: all retired workspaces together are smaller than the newest.
-        # Zeros: the kernels find their counters so and leave them so.
-        current = torch.zeros(1 << (size - 1).bit_length(), dtype=torch.uint8, device=device)
+        current = torch.empty(1 << (size - 1).bit_length(), dtype=torch.uint8, device=device)
         _workspaces[device] = current
     return current
 
@@ -219,8 +230,8 @@ _operators = torch.library.Library("vllm_oscar_cuda", "DEF")
 _operators.define(
     "attention(Tensor(a!) out, Tensor query, Tensor key, Tensor value, Tensor pages, Tensor ring, "
     "Tensor block_table, Tensor ring_table, Tensor query_start_loc, Tensor seq_lens, Tensor ring_start, "
-    "Tensor(b!) workspace, int ring_pages, float scale, int max_query_len, int first_token, int[] layout, "
-    "int warps=0, bool tables_ready=False, bool deterministic=False) -> ()"
+    "Tensor(b!) workspace, Tensor(c!) counters, int ring_pages, float scale, int max_query_len, int first_token, "
+    "int[] layout, int warps=0, bool tables_ready=False, bool deterministic=False) -> ()"
 )
 _operators.define(
     "store_pages(Tensor key, Tensor value, Tensor(a!) pages, Tensor ring, Tensor block_table, Tensor ring_table, "
@@ -240,7 +251,7 @@ def _layout(fmt: PageFormat) -> tuple[list[int], list[float]]:
 
 def _attention(
     out, query, key, value, pages, ring, block_table, ring_table, query_start_loc, seq_lens, ring_start,
-    workspace, ring_pages, scale, max_query_len, first_token, layout, warps=0, tables_ready=False,
+    workspace, counters, ring_pages, scale, max_query_len, first_token, layout, warps=0, tables_ready=False,
     deterministic=False,
 ):  # fmt: skip
     args = _AttentionArgs(
@@ -256,6 +267,7 @@ def _attention(
         seq_lens=seq_lens.data_ptr(),
         ring_start=ring_start.data_ptr(),
         workspace=workspace.data_ptr(),
+        counters=counters.data_ptr(),
         workspace_bytes=workspace.numel(),
         block_table_row=block_table.stride(0) * 4,
         ring_table_row=ring_table.stride(0) * 4,
@@ -413,7 +425,8 @@ def attention(
     for first_token in range(0, longest, chunk):
         _operator("attention")(
             out, query, key, value, pages, ring, block_table, ring_table, query_start_loc, seq_lens, ring_start,
-            workspace, ring_pages, scale, chunk, first_token, layout, warps, tables_ready, envs.deterministic(),
+            workspace, counters(query.device), ring_pages, scale, chunk, first_token, layout, warps, tables_ready,
+            envs.deterministic(),
         )  # fmt: skip
 
 

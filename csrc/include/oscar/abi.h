@@ -19,6 +19,8 @@ enum {
   OSCAR_BAD_ARGUMENT = -4
 };
 
+enum { OSCAR_COUNTER_BYTES = 65536 };
+
 typedef struct {
   int32_t head_dim, key_bits, key_group, value_group;
   int32_t fp8_params;      /* key scales and zeros are e4m3, otherwise fp16 */
@@ -34,6 +36,7 @@ typedef struct {
   const void *pages, *ring;
   const int32_t *block_table, *ring_table, *query_start_loc, *seq_lens, *ring_start;
   void* workspace;
+  uint32_t* counters; /* OSCAR_COUNTER_BYTES of zeros before the first call; every call leaves zeros */
   int64_t workspace_bytes;
   int64_t out_token, out_head, query_token, query_head, key_token, key_head, value_token, value_head;
   int64_t page_block, page_head, ring_block, ring_head, block_table_row, ring_table_row;

@@ -20,12 +20,12 @@ namespace oscar {
 // Everything about a launch that does not depend on lengths.
 struct LaunchShape {
   int blocks, warps, n_tiles, row_blocks, slot_rows;
-  int64_t segments, slots, claims_bytes, ranges_bytes, max_sum_bytes, partial_bytes;
+  int64_t segments, slots, ranges_bytes, max_sum_bytes, partial_bytes;
 
-  int64_t workspace() const { return claims_bytes + ranges_bytes + max_sum_bytes + partial_bytes; }
+  int64_t workspace() const { return ranges_bytes + max_sum_bytes + partial_bytes; }
 };
 
-constexpr int kMostWarps = 16, kFewWarps = 8;  // of a block
+constexpr int kFewWarps = 8;  // of a block
 
 inline int64_t align256(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
@@ -51,12 +51,12 @@ int launch_shape(const OscarAttentionArgs& args, LaunchShape& shape) {
   shape.blocks = sms;
   shape.warps = args.warps ? args.warps : most;
   if (shape.warps < 1 || shape.warps > most) return OSCAR_BAD_ARGUMENT;
+  if (shape.blocks * most * sizeof(uint32_t) > OSCAR_COUNTER_BYTES) return OSCAR_BAD_ARGUMENT;
   const int block_rows = 8 * shape.n_tiles;
   shape.row_blocks = (rows + block_rows - 1) / block_rows;
   shape.slot_rows = std::min(rows, block_rows);
   shape.segments = static_cast<int64_t>(args.requests) * args.kv_heads * shape.row_blocks;
   shape.slots = 2 * shape.segments + shape.blocks * most;
-  shape.claims_bytes = align256(shape.blocks * kMostWarps * sizeof(unsigned));  // the same for all shapes: stays zero
   shape.ranges_bytes = align256(2 * shape.segments * sizeof(int2));
   shape.max_sum_bytes = align256(shape.slots * shape.slot_rows * sizeof(float2));
   shape.partial_bytes = align256(shape.slots * shape.slot_rows * Layout::kHeadDim * sizeof(float));
@@ -133,10 +133,10 @@ int attention(const OscarAttentionArgs& args, cudaStream_t stream) {
     params.warps = shape.blocks * shape.warps;
     params.few_warps = args.warps ? params.warps : shape.blocks * std::min(shape.warps, kFewWarps);
     uint8_t* workspace = static_cast<uint8_t*>(args.workspace);
-    params.claims = reinterpret_cast<unsigned*>(workspace);
-    params.ranges = reinterpret_cast<int2*>(workspace += shape.claims_bytes);
-    params.max_sum = reinterpret_cast<float2*>(workspace += shape.ranges_bytes);
-    params.partial = reinterpret_cast<float*>(workspace + shape.max_sum_bytes);
+    params.claims = args.counters;
+    params.ranges = reinterpret_cast<int2*>(workspace);
+    params.max_sum = reinterpret_cast<float2*>(workspace + shape.ranges_bytes);
+    params.partial = reinterpret_cast<float*>(workspace + shape.ranges_bytes + shape.max_sum_bytes);
     if constexpr (Layout::kHeadDim <= 128) {
       if (shape.n_tiles == 2) return launch_attention<Layout, 2>(params, shape, stream);
     }

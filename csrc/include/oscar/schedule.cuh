@@ -32,7 +32,7 @@ struct AttentionParams {
   int slot_rows;     // rows that a slot holds
   int warps;         // of the grid
   int few_warps;     // of these, with little work in long segments
-  unsigned* claims;  // per warp: pages claimed by it and, times kStolen, by others; zero between launches
+  uint32_t* claims;  // per warp: pages claimed by it and, times kStolen, by others; zero between launches
   int2* ranges;      // per part of a segment: first and last slot
   float2* max_sum;   // [slot][row]: maximum in log2 units, sum of weights
   float* partial;    // [slot][row][channel]
