@@ -27,7 +27,8 @@
 #define __align__(n) __attribute__((aligned(n)))
 
 struct dim3 {
-  unsigned x = 1, y = 1, z = 1;
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 struct alignas(8) int2 { int x, y; };
 struct alignas(8) uint2 { uint32_t x, y; };

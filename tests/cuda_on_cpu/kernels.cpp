@@ -1,43 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CUDA kernels as CPU functions with the arguments of csrc/include/oscar/abi.h.
-#include "oscar/combine.cuh"
-#include "oscar/decode.cuh"
-#include "oscar/presets.cuh"
+#include "runtime.h"
+
+#include "oscar/attention_launch.cuh"
 #include "oscar/store.cuh"
 
 namespace {
 
-constexpr int kBlocks = 3, kWarps = 2, kCombine = 2;  // of the emulated device
-int taken = 0;  // pages that warps took from others in the last launch
-
-template <class Layout, int NTiles>
-void attend(const OscarAttentionArgs& args) {
-  using namespace oscar;
-  const int rows = args.max_query_len * args.group;
-  AttentionParams p{args};
-  p.row_blocks = (rows + 8 * NTiles - 1) / (8 * NTiles);
-  p.slot_rows = std::min(rows, 8 * NTiles);
-  const int segments = args.requests * args.kv_heads * p.row_blocks;
-  const size_t slots = 2 * segments + kBlocks * kWarps;
-  const float poison = NAN;
-  std::vector<int2> ranges(2 * segments, int2{1 << 30, 1 << 30});
-  std::vector<float2> max_sum(slots * p.slot_rows, float2{poison, poison});
-  std::vector<float> partial(slots * p.slot_rows * Layout::kHeadDim, poison);
-  p.warps = kBlocks * kWarps;
-  p.few_warps = kBlocks;
-  p.claims = args.counters;
-  p.ranges = ranges.data();
-  p.max_sum = max_sum.data();
-  p.partial = partial.data();
-  static_assert(kWarps * sizeof(WarpShared<Layout>) <= sizeof(raw));
-  std::memset(raw, 0xff, sizeof(raw));
-  emulator::launch({kBlocks}, 32 * kWarps, [&] { decode_kernel<Layout, NTiles>(p); });
-  taken = 0;
-  for (int i = 0; i < p.warps; ++i) taken += p.claims[i] / kStolen;
-  std::memset(raw, 0xff, sizeof(raw));
-  emulator::launch({static_cast<unsigned>(segments), static_cast<unsigned>(p.slot_rows), 2}, 32 * kCombine,
-                   [&] { combine_kernel<Layout::kHeadDim>(p, Tiling{8 * NTiles, Layout::kRingTokens}); });
-}
+int taken = 0;  // pages that warps took from others in the last call
 
 template <class Visitor>
 int visit(const OscarFormat& format, Visitor&& visitor) {
@@ -48,12 +18,17 @@ int visit(const OscarFormat& format, Visitor&& visitor) {
 
 }  // namespace
 
-extern "C" int emulate_attention(const OscarAttentionArgs* args) {
-  return visit(args->format, [&](auto layout) {
-    if (args->max_query_len * args->group > 8) attend<decltype(layout), 2>(*args);
-    else attend<decltype(layout), 1>(*args);
-    return 0;
-  });
+extern "C" int emulate_attention_workspace(const OscarAttentionArgs* args, int64_t* bytes) {
+  return args->format.head_dim == 64 ? oscar::attention_workspace<64>(*args, *bytes)
+                                     : oscar::attention_workspace<128>(*args, *bytes);
+}
+
+extern "C" int emulate_attention(const OscarAttentionArgs* args, void*) {
+  taken = 0;
+  emulator::before_launch = [args] {
+    for (size_t i = 0; i < OSCAR_COUNTER_BYTES / sizeof(uint32_t); ++i) taken += args->counters[i] / oscar::kStolen;
+  };
+  return args->format.head_dim == 64 ? oscar::attention<64>(*args, nullptr) : oscar::attention<128>(*args, nullptr);
 }
 
 extern "C" int emulate_store_pages(const OscarStoreArgs* args) {
