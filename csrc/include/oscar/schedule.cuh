@@ -116,7 +116,7 @@ struct Shares {
 };
 
 constexpr unsigned kStolen = 1u << 16;
-constexpr int kMostOpen = 1 << 14;
+constexpr int kMostOpen = 1 << 14;  // so that neither half of a counter overflows
 constexpr int kFewTime = 7, kAllTime = 10;  // for a unit, when eight or twelve warps of a block take part
 constexpr unsigned kLeastShare = 5;  // to look for more work after smaller shares took 2 to 5 % of the time
 
@@ -143,7 +143,7 @@ OSCAR_DEVICE int claimed(unsigned claims) { return static_cast<int>(claims % kSt
 // Walks the line one unit ahead of the computation, and the tables two units ahead.
 class Producer {
  public:
-  enum Kind { kPage, kRing, kInFlight, kWanted, kEnd };
+  enum Kind { kPage, kRing, kInFlight, kWanted, kEnd };  // kWanted: none yet, for take() to find
 
   // `walk`: this warp's own, with cursor, shares and rank.
   OSCAR_DEVICE Producer(const AttentionParams& p, Walk* walk, int units, const Tiling& tiling, int lane)
@@ -190,11 +190,12 @@ class Producer {
     }
   }
 
+  // Give up a claimed unit that others took before.
   OSCAR_DEVICE void confirm() {
     if (units_ <= open_ && units_ > 0 && claimed(__shfl_sync(kFullWarp, claims_, 0)) >= open_) kind_ = kWanted;
   }
 
-  // Where a unit is wanted, take a page from the neighbour that has the most left to claim.
+  // Where kWanted: take a page from the neighbour that has the most left to claim.
   OSCAR_DEVICE void take() {
     if (units_ > 0) claims_ = neighbours_claims();  // others have taken the rest of this share
     units_ = 0;
@@ -208,7 +209,7 @@ class Producer {
         continues_ = false;
         return;
       }
-      const int from = walk_->rank - 16 + best % 32;
+      const int from = neighbour() - lane_ + best % 32;
       if (lane_ == 0) claims_ = atomicAdd(p_.claims + from, kStolen);
       const unsigned claims = __shfl_sync(kFullWarp, claims_, 0);
       if (claimed(claims) < walk_->open(from)) {
@@ -266,7 +267,7 @@ class Producer {
   }
 
   // The neighbour that this lane looks after.
-  OSCAR_DEVICE int neighbour() const { return walk_->rank - 16 + lane_; }
+  OSCAR_DEVICE int neighbour() const { return walk_->rank - 16 + lane_; }  // as many before as after this warp
 
   OSCAR_DEVICE unsigned neighbours_claims() const {
     const int other = neighbour();
