@@ -106,7 +106,7 @@ int launch_attention(const AttentionParams& params, const LaunchShape& shape, cu
   return launch_overlapping(combine_kernel<Layout::kHeadDim>,
                             dim3(static_cast<unsigned>(shape.segments), shape.slot_rows, split()), 32 * warps,
                             warps * static_cast<int>(sizeof(CombineShared)), stream, params,
-                            Tiling{8 * NTiles, Layout::kRingTokens});
+                            Tiling{8 * NTiles, Layout::kRingTokens, false});
 }
 
 template <int HeadDim>

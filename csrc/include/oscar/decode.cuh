@@ -119,7 +119,7 @@ template <class Layout, int NTiles>
 __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kCapability), 1)
     decode_kernel(const __grid_constant__ AttentionParams p) {
   constexpr int kRows = 8 * NTiles, kTiles = Layout::kTiles;
-  constexpr Tiling kTiling{kRows, Layout::kRingTokens};
+  constexpr Tiling kTiling{kRows, Layout::kRingTokens, Layout::kHeadDim * NTiles <= 128};
   extern __shared__ __align__(128) uint8_t raw[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int g = lane >> 2, t = lane & 3;

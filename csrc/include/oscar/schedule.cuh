@@ -42,6 +42,7 @@ struct AttentionParams {
 struct Tiling {
   int rows;         // of a row block
   int ring_tokens;  // of a ring page
+  bool take;        // whether warps take pages from each other: where that leaves registers enough
 };
 
 // The per-request numbers that everything else derives from.
@@ -242,7 +243,7 @@ class Producer {
                          : static_cast<const uint8_t*>(args.ring) + c.head * args.ring_head;
     }
     const bool last = page && units_ <= left_;  // the share ends in these pages
-    if (last && walk_->shares.each >= kLeastShare && !args.deterministic) {
+    if (tiling_.take && last && walk_->shares.each >= kLeastShare && !args.deterministic) {
       open_ = min(units_ - 1, kMostOpen);
       if (lane_ == 0) {
         const int here = walk_->shares.begin(walk_->rank + 1) - units_;
