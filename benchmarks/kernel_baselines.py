@@ -73,7 +73,7 @@ def flashinfer(batch: int, context: int, heads: int, group: int, dim: int, rotat
         count = sets * batch * per_sequence
         cache = torch.empty(2, count, page, heads, dim, dtype=torch.bfloat16, device="cuda").normal_()
         table = torch.randperm(count, device="cuda").int().view(sets, batch, per_sequence)
-        query, lens = _step(batch, context, heads * group, dim)
+        query, _ = _step(batch, context, heads * group, dim)
         starts = torch.arange(batch + 1, dtype=torch.int32) * per_sequence
         last = torch.full((batch,), (context - 1) % page + 1, dtype=torch.int32)
         out = torch.empty_like(query)

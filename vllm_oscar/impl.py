@@ -112,7 +112,7 @@ class OscarImpl(AttentionImpl[OscarMetadata]):
         else:
             self.ops.attention(
                 *new, *tables, *lengths, tail.ring_start, ring_pages, self.scale, fmt, max_query_len=longest,
-                tables_ready=True,
+                tables_ready=True,  # store_pages came before, and does not write them
             )
         self.ops.write_ring(key, value, ring, tail.block_table, *lengths, ring_pages, fmt, max_query_len=longest)
         return output
@@ -130,7 +130,7 @@ class OscarImpl(AttentionImpl[OscarMetadata]):
                 ring_start[:decodes],
                 *common,
                 max_query_len=step.max_decode_query_len,
-                tables_ready=True,  # store_pages came before, and does not write them
+                tables_ready=True,  # as in forward()
             )
         self.flash_prefill.attention(*new, *tables, *lengths, ring_start, *common, step.prefills)
 

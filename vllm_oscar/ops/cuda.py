@@ -422,11 +422,11 @@ def attention(
     workspace = reserve(fmt, requests, heads, query.shape[1], longest, query.device)
     chunk = _query_chunk(requests, longest)
     layout, _ = _layout(fmt)
+    zeros, deterministic = counters(query.device), envs.deterministic()
     for first_token in range(0, longest, chunk):
         _operator("attention")(
             out, query, key, value, pages, ring, block_table, ring_table, query_start_loc, seq_lens, ring_start,
-            workspace, counters(query.device), ring_pages, scale, chunk, first_token, layout, warps, tables_ready,
-            envs.deterministic(),
+            workspace, zeros, ring_pages, scale, chunk, first_token, layout, warps, tables_ready, deterministic,
         )  # fmt: skip
 
 
