@@ -8,7 +8,8 @@
 with INT2, the facts of its recall prompts come back: eager, with full and piecewise
 CUDA graphs, under both model runners, with n-gram speculation and, on request, on several GPUs.
 ``speed`` uses a model of Qwen3-8B's shape with dummy weights (speed and memory are
-real, text means nothing). Each engine runs in a process of its own, unless ``--one-process``.
+real, text means nothing). Each engine runs in a process of its own; ``check`` can run several
+at a time (``--jobs``), ``speed`` can run all in its own process, one after the other (``--one-process``).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -209,12 +211,12 @@ def worst_difference(a: dict, b: dict) -> float:
 def check(
     model: Annotated[Path, typer.Option()] = ROOT / "examples" / "demo_model",
     timeout: Annotated[float, typer.Option(help="Seconds per engine.")] = 150,
-    one_process: Annotated[bool, typer.Option(help="All engines in this process: faster, less separate.")] = False,
+    jobs: Annotated[int, typer.Option(help="Engines that run at a time.")] = 1,
     ranks: Annotated[int, typer.Option(help="Tensor-parallel ranks of two further runs.")] = 1,
 ) -> None:
     """Correctness through vLLM on this GPU; fails if a run fails or a fact does not come back."""
     common = dict(model=str(model), max_model_len=4096, kv_cache_memory_bytes=1 << 30, max_num_seqs=16,
-                  gpu_memory_utilization=0.5)  # fmt: skip
+                  gpu_memory_utilization=0.2)  # fmt: skip
     oscar = dict(kv_cache_dtype="oscar")
     drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}
     runs = {
@@ -230,13 +232,9 @@ def check(
     if ranks > 1:
         runs |= {f"{name}, {ranks} ranks": dict(runs[name], tensor_parallel_size=ranks)
                  for name in ("oscar lossless", "oscar graphs")}  # fmt: skip
-    results = {}
-    for name, options in runs.items():
-        here = one_process and "tensor_parallel_size" not in options
-        run = engine_here if here else partial(engine, timeout=timeout)
-        results[name] = run("check", {}, **common, **options)
-        if results["auto"] and results[name]:
-            print(name, results[name]["recalled"], worst_difference(results["auto"], results[name]), flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {name: pool.submit(engine, "check", {}, timeout, **common, **options) for name, options in runs.items()}
+        results = {name: future.result() for name, future in futures.items()}
     table = Table("run", "recalled", "worst logprob difference to auto", "tokens in cache", "start s")
     for name, result in results.items():
         if result is None:
