@@ -28,7 +28,13 @@ struct WarpShared {
   alignas(128) uint8_t page[PageBuffer<Layout>::kBytes];
   uint64_t barriers[PageBuffer<Layout>::kBarriers];
   Cursor now;
+  int left;   // units of the share, from `now` on
   Walk walk;  // of the producer
+
+  // One past the units of the share that are of the part of the segment at `now`: pages, or ring and in-flight tokens.
+  OSCAR_DEVICE int part_end() const {
+    return min(now.in_pages() ? now.request.units : now.request.exact, now.unit + left);
+  }
 };
 
 // Start fetching the producer's unit, as far as it has bytes to fetch.
@@ -128,9 +134,8 @@ __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kC
 
   const int global_warp = warp * gridDim.x + blockIdx.x;  // little work spreads over all multiprocessors
   Share share = find_share(p, kTiling, global_warp, lane);
-  int left = share.count;
   // The combine kernel, which waits for this one alone, may read what others wrote before: dependents only after a wait.
-  if (left == 0) {
+  if (share.count == 0) {
     wait_for_previous_grid();
     launch_dependents();
     return;
@@ -138,12 +143,13 @@ __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kC
   WarpShared<Layout>& shared = reinterpret_cast<WarpShared<Layout>*>(raw)[warp];
   if (lane == 0) {
     shared.walk.cursor = shared.now = share.cursor;
+    shared.left = share.count;
     shared.walk.shares = share.shares;
     shared.walk.rank = global_warp;
   }
   __syncwarp();
   PageBuffer<Layout> buffer(shared.page, shared.barriers, lane);
-  Producer next(p, &shared.walk, left, kTiling, lane);
+  Producer next(p, &shared.walk, share.count, kTiling, lane);
 
   const float scale_log2 = p.args.scale * 1.4426950408889634f;
   QueryRows<kTiles> query[NTiles];
@@ -151,10 +157,8 @@ __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kC
   const Cursor& now = shared.now;
   bool started = false;
   while (true) {
-    // The units of one part of a segment: pages, or ring and in-flight tokens.
     const bool pages = now.in_pages();
     const int first_row = now.row_block * kRows;
-    const int end = min(pages ? now.request.units : now.request.exact, now.unit + left);  // of the share
     const uint8_t* source[NTiles];
 #pragma unroll
     for (int n = 0; n < NTiles; ++n) {
@@ -180,10 +184,11 @@ __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kC
       for (int n = 0; n < NTiles; ++n) query[n].rotate(p.args.is_bf16, scale_log2, lane);
     }
     if (pages) attend_pages<Layout, NTiles>(now.request.ring_start, buffer, next, query, acc, lane);
-    else attend_exact<Layout, NTiles>(now.unit, end, now, p, scale_log2, buffer, next, query, acc, lane);
+    else attend_exact<Layout, NTiles>(now.unit, shared.part_end(), now, p, scale_log2, buffer, next, query, acc, lane);
 
     // Read again what the registers had no room for.
     const int rows = min(now.request.rows - now.row_block * kRows, kRows);
+    const int end = shared.part_end();
     const int part_begin = pages ? now.request.exact : 0, part_end = pages ? now.request.units : now.request.exact;
     const int part = 2 * segment_index(p, now.index, now.head, now.row_block) + (pages ? 1 : 0);
     const int slot = shared.walk.rank + part;
@@ -204,12 +209,15 @@ __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kC
       if (now.unit == part_begin) p.ranges[part].x = slot;
       if (end == part_end) p.ranges[part].y = slot;
     }
-    left -= end - now.unit;
+    const int left = shared.left - (end - now.unit);
     if (left == 0) return;
     Cursor c = now;
     __syncwarp();
     c.move_to(end, p, kTiling);
-    if (lane == 0) shared.now = c;
+    if (lane == 0) {
+      shared.now = c;
+      shared.left = left;
+    }
     __syncwarp();
   }
 }

@@ -36,12 +36,12 @@ class PageBuffer {
   OSCAR_DEVICE PageBuffer(uint8_t* buffer, uint64_t* barriers, int lane)
       : buffer_(buffer), keys_(shared_address(barriers)), values_(shared_address(barriers + 1)), lane_(lane) {}
 
-  // Fetch the keys and parameters of `page`; the key codes in the buffer must be done with.
+  // Fetch the keys and parameters of `page`; the key codes in the buffer must be done with. Every
+  // wait_keys() follows one fetch, so that phase and place of the parameters alternate alike.
   OSCAR_DEVICE void fill_keys(const uint8_t* page) {
-    const uint32_t target = shared_address(buffer_);
+    const uint32_t target = shared_address(buffer_), params = target + Layout::kKeyParams + keys_phase_ * kParamBytes;
     CopyBarrier::start(keys_, lane_, Copy{target, page, kKeyBytes},
-                       Copy{target + Layout::kKeyParams + fill_ * kParamBytes, page + Layout::kKeyParams, kParamBytes});
-    fill_ ^= 1;
+                       Copy{params, page + Layout::kKeyParams, kParamBytes});
   }
 
   OSCAR_DEVICE void fill_values(const uint8_t* page) {
@@ -57,7 +57,7 @@ class PageBuffer {
 
   OSCAR_DEVICE void wait_keys() {
     CopyBarrier::wait(keys_, keys_phase_);
-    params_ = buffer_ + keys_phase_ * kParamBytes;  // phases and places alternate alike
+    params_ = buffer_ + keys_phase_ * kParamBytes;
     keys_phase_ ^= 1;
   }
 
@@ -75,7 +75,6 @@ class PageBuffer {
   uint8_t* params_ = nullptr;
   uint32_t keys_, values_;
   int lane_;
-  int fill_ = 0;
   uint32_t keys_phase_ = 0, values_phase_ = 0;
 };
 
