@@ -88,9 +88,9 @@ inline const std::vector<std::vector<uint64_t>>& exchange(Exchange& group, int m
   return group.values[mine & 1];
 }
 
-inline int lane() { return threadIdx.x & 31; }
+inline int lane() { return current & 31; }
 inline const std::vector<std::vector<uint64_t>>& in_warp(std::vector<uint64_t> value) {
-  return exchange(warps[threadIdx.x >> 5], lane(), std::move(value));
+  return exchange(warps[current >> 5], lane(), std::move(value));
 }
 
 template <class T>
@@ -107,10 +107,11 @@ T value(uint64_t b) {
 }
 
 // Run `kernel` for every block of the grid.
-inline void launch(dim3 grid, int threads, std::function<void()> kernel) {
+inline void launch(dim3 grid, dim3 block_size, std::function<void()> kernel) {
   body = std::move(kernel);
   gridDim = grid;
-  blockDim = {static_cast<unsigned>(threads), 1, 1};
+  blockDim = block_size;
+  const int threads = static_cast<int>(blockDim.x * blockDim.y);
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {
@@ -139,7 +140,7 @@ inline void launch(dim3 grid, int threads, std::function<void()> kernel) {
           for (current = 0; current < threads; ++current) {
             if (fibers[current].done) continue;
             running = true;
-            threadIdx = {static_cast<unsigned>(current), 0, 0};
+            threadIdx = {current % blockDim.x, current / blockDim.x};
             swapcontext(&scheduler, &fibers[current].context);
           }
           if (running && progress == before) {
@@ -184,7 +185,7 @@ inline int __reduce_max_sync(unsigned, int x) {
   return top;
 }
 inline void __syncwarp() { emulator::in_warp({}); }
-inline void __syncthreads() { emulator::exchange(emulator::block, threadIdx.x, {}); }
+inline void __syncthreads() { emulator::exchange(emulator::block, emulator::current, {}); }
 
 // ---- memory: one thread runs at a time -------------------------------------------------
 inline unsigned atomicAdd(unsigned* x, unsigned by) {

@@ -43,6 +43,6 @@ int cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Paramete
   if (config->dynamicSmemBytes > sizeof(oscar::raw)) return 1;
   emulator::before_launch();
   std::memset(oscar::raw, 0xff, sizeof(oscar::raw));
-  emulator::launch(config->gridDim, config->blockDim.x, [&] { kernel(arguments...); });
+  emulator::launch(config->gridDim, config->blockDim, [&] { kernel(arguments...); });
   return 0;
 }

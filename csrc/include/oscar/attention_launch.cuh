@@ -70,7 +70,7 @@ int allow_shared_memory(Kernel kernel, int bytes) {
 
 // Launch so that the start overlaps the end of the kernel before, for which the kernel waits itself.
 template <class... Args>
-int launch_overlapping(void (*kernel)(Args...), dim3 grid, int threads, int shared, cudaStream_t stream,
+int launch_overlapping(void (*kernel)(Args...), dim3 grid, dim3 threads, int shared, cudaStream_t stream,
                        Args... args) {
   int device, major;
   OSCAR_TRY(cudaGetDevice(&device));
@@ -80,7 +80,7 @@ int launch_overlapping(void (*kernel)(Args...), dim3 grid, int threads, int shar
   overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
-  config.blockDim = dim3(threads);
+  config.blockDim = threads;
   config.dynamicSmemBytes = shared;
   config.stream = stream;
   config.attrs = &overlap;
@@ -99,13 +99,18 @@ int launch_attention(const AttentionParams& params, const LaunchShape& shape, cu
   int lanes = std::min(Layout::kHeadDim / kCombineChannels, 32);
   const auto split = [&] { return Layout::kHeadDim / kCombineChannels / lanes; };
   while (lanes > kLeastCombineLanes && 2 * split() * shape.segments * shape.slot_rows <= shape.blocks) lanes /= 2;
-  // A group of lanes for every two partial results of an average row; a power of two of warps.
+  // A group of lanes for every two partial results of an average row; a power of two of warps, and not more
+  // than the multiprocessors have room for. Rows of one warp each share a block: starting a block takes longer.
   const int64_t results = 2 + static_cast<int64_t>(shape.blocks) * shape.warps / shape.segments;
   int warps = 1;
-  while (warps < kCombineWarps && 4 * warps * (32 / lanes) <= results) warps *= 2;
+  while (warps < kCombineWarps && 4 * warps * (32 / lanes) <= results &&
+         warps * shape.segments * shape.slot_rows <= 8 * shape.blocks) {
+    warps *= 2;
+  }
+  const int rows = warps == 1 ? shape.slot_rows : 1;
   return launch_overlapping(combine_kernel<Layout::kHeadDim>,
-                            dim3(static_cast<unsigned>(shape.segments), shape.slot_rows, split()), 32 * warps,
-                            warps * static_cast<int>(sizeof(CombineShared)), stream, params,
+                            dim3(static_cast<unsigned>(shape.segments), shape.slot_rows / rows, split()),
+                            dim3(32 * warps, rows), warps * static_cast<int>(sizeof(CombineShared)), stream, params,
                             Tiling{8 * NTiles, Layout::kRingTokens, false});
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Combine the partial results of a query row: one block per (segment, row, channels). With few
-// rows several blocks share the channels of each, since one multiprocessor reads them slowly.
+// Combine the partial results of a query row: blocks are (segment, rows, channels), of several warps for one
+// row or of one warp for each of several rows. With few rows several blocks share the channels of each, since
+// one multiprocessor reads them slowly.
 #pragma once
 
 #include "oscar/schedule.cuh"
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
   extern __shared__ __align__(128) uint8_t raw[];
   CombineShared* shared = reinterpret_cast<CombineShared*>(raw);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
-  const int segment = blockIdx.x, row = blockIdx.y;
+  const int segment = blockIdx.x, row = blockIdx.y * blockDim.y + threadIdx.y;
   const int lanes = HeadDim / kCombineChannels / gridDim.z;  // for a slot; a warp reads several at once
   const int channel = (blockIdx.z * lanes + lane % lanes) * kCombineChannels;
   const int row_block = segment % p.row_blocks, head = segment / p.row_blocks % p.args.kv_heads;
@@ -78,8 +79,9 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
   launch_dependents();
   wait_for_previous_grid();  // every block: who waits for this grid relies on the decode kernel's end, too
   const int block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
-  const int threads = blockDim.x * gridDim.x * gridDim.y * gridDim.z;
-  for (int i = blockDim.x * block + threadIdx.x; i < p.warps; i += threads) p.claims[i] = 0;  // for the next launch
+  const int threads = blockDim.x * blockDim.y, all = threads * gridDim.x * gridDim.y * gridDim.z;
+  const int thread = threads * block + blockDim.x * threadIdx.y + threadIdx.x;
+  for (int i = thread; i < p.warps; i += all) p.claims[i] = 0;  // for the next launch
   if (query_row >= request.rows) return;
 
   const int2 exact = p.ranges[2 * segment];
