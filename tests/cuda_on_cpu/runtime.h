@@ -8,6 +8,7 @@
 using cudaStream_t = void*;
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
+  cudaDevAttrGlobalMemoryBusWidth,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrComputeCapabilityMajor
 };
@@ -26,9 +27,12 @@ struct cudaLaunchConfig_t {
 
 inline int cudaGetDevice(int* device) { return *device = 0; }
 inline int cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 3
-           : attribute == cudaDevAttrComputeCapabilityMajor ? 9
-                                                            : static_cast<int>(sizeof(oscar::raw));
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = 3; break;
+    case cudaDevAttrGlobalMemoryBusWidth: *value = 128; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = static_cast<int>(sizeof(oscar::raw)); break;
+  }
   return 0;
 }
 template <class Kernel>

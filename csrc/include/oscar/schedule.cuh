@@ -32,6 +32,7 @@ struct AttentionParams {
   int slot_rows;     // rows that a slot holds
   int warps;         // of the grid
   int few_warps;     // of these, with little work in long segments
+  int few_time;      // for a unit when few warps take part, in tenths of the time when all do
   uint32_t* claims;  // per warp: pages claimed by it and, times kStolen, by others; zero between launches
   int2* ranges;      // per part of a segment: first and last slot
   float2* max_sum;   // [slot][row]: maximum in log2 units, sum of weights
@@ -118,7 +119,6 @@ struct Shares {
 
 constexpr unsigned kStolen = 1u << 16;
 constexpr int kMostOpen = 1 << 14;  // so that neither half of a counter overflows
-constexpr int kFewTime = 7, kAllTime = 10;  // for a unit, when eight or twelve warps of a block take part
 constexpr unsigned kLeastShare = 5;  // to look for more work after smaller shares took 2 to 5 % of the time
 
 // What a producer keeps in shared memory: registers are scarce, and this is rarely needed.
@@ -308,7 +308,7 @@ OSCAR_DEVICE Share find_share(const AttentionParams& p, const Tiling& tiling, in
   const int segments = p.args.requests * p.args.kv_heads * p.row_blocks;
   const auto longest = [&](int warps) { return static_cast<int>((total + warps - 1u) / warps); };
   const bool few =
-      segments <= static_cast<int>(gridDim.x) && kFewTime * longest(p.few_warps) < kAllTime * longest(p.warps);
+      segments <= static_cast<int>(gridDim.x) && p.few_time * longest(p.few_warps) < 10 * longest(p.warps);
   Share share;
   share.count = 0;
   Shares& shares = share.shares;
