@@ -67,6 +67,13 @@ def test_attention(emulated, preset, head_dim, dtype, group):
     assert error < (6e-3 if dtype == torch.float16 else 1e-2)
 
 
+@pytest.mark.parametrize("warps", (0, 1, 2, 3))
+@pytest.mark.parametrize("context", (1, 30, 90, 140))
+def test_work_for_fewer_multiprocessors(emulated, context, warps):
+    case = make_case(PageFormat.preset("oscar", 64), [(context, 1)], kv_heads=1, group=4, device="cpu")
+    assert relative_error(case.attention(emulated, warps=warps), case.exact_attention()) < 6e-3
+
+
 @pytest.mark.parametrize("preset", ("oscar", "oscar_paper"))
 def test_pages_taken_from_other_warps(emulated, preset, monkeypatch):
     """Blocks run one after the other here, so the first does nearly all that can be taken."""

@@ -15,7 +15,7 @@ struct RowSlots {
   OSCAR_DEVICE int operator[](int i) const { return i < exact_count ? exact_first + i : page_first + i - exact_count; }
 };
 
-constexpr int kCombineWarps = 32;      // most of a block
+constexpr int kCombineWarps = 16;      // most of a block; two blocks fit a multiprocessor
 constexpr int kCombineChannels = 4;    // of a lane
 constexpr int kLeastCombineLanes = 8;  // for the channels of a block: 128 bytes
 

@@ -132,8 +132,7 @@ __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kC
   PageBuffer<Layout>::init(reinterpret_cast<WarpShared<Layout>*>(raw)[warp].barriers, lane);  // need not wait
   if (!p.args.tables_ready) wait_for_previous_grid();
 
-  const int global_warp = warp * gridDim.x + blockIdx.x;  // little work spreads over all multiprocessors
-  Share share = find_share(p, kTiling, global_warp, lane);
+  Share share = find_share(p, kTiling, warp, lane);
   // The combine kernel, which waits for this one alone, may read what others wrote before: dependents only after a wait.
   if (share.count == 0) {
     wait_for_previous_grid();
@@ -145,7 +144,7 @@ __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kC
     shared.walk.cursor = shared.now = share.cursor;
     shared.left = share.count;
     shared.walk.shares = share.shares;
-    shared.walk.rank = global_warp;
+    shared.walk.rank = share.rank;
   }
   __syncwarp();
   PageBuffer<Layout> buffer(shared.page, shared.barriers, lane);
