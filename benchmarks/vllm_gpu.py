@@ -233,8 +233,8 @@ def check(
         runs |= {f"{name}, {ranks} ranks": dict(runs[name], tensor_parallel_size=ranks)
                  for name in ("oscar lossless", "oscar graphs")}  # fmt: skip
     with ThreadPoolExecutor(jobs) as pool:
-        futures = {name: pool.submit(engine, "check", {}, timeout, **common, **options) for name, options in runs.items()}
-        results = {name: future.result() for name, future in futures.items()}
+        futures = [pool.submit(engine, "check", {}, timeout, **common, **options) for options in runs.values()]
+        results = {name: future.result() for name, future in zip(runs, futures)}
     table = Table("run", "recalled", "worst logprob difference to auto", "tokens in cache", "start s")
     for name, result in results.items():
         if result is None:

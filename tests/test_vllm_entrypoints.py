@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The other ways into vLLM: ``LLM.generate``, ``LLM.chat``, ``vllm bench`` and Ray Data."""
+"""The other ways into vLLM: ``LLM.generate``, ``LLM.chat``, ``vllm bench`` and Ray Data.
+
+Each is a process with a real engine process. Most of their time is one thread's start-up, so two run at a time.
+"""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,7 +36,7 @@ if __name__ == "__main__":
 
 
 def run(*command: str, cwd=None) -> str:
-    """Standard output of a command that must succeed, in a process with a real engine process."""
+    """Standard output of a command that must succeed."""
     result = subprocess.run(
         command,
         capture_output=True,
@@ -45,45 +49,62 @@ def run(*command: str, cwd=None) -> str:
     return result.stdout
 
 
-def test_generate_and_chat(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    lines = run(sys.executable, "script.py", cwd=tmp_path).splitlines()
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("entrypoints")
+
+
+@pytest.fixture(scope="module")
+def output(folder) -> dict[str, Future[str]]:
+    """What the commands print, or why they fail, by name."""
+    (folder / "script.py").write_text(SCRIPT)
+    # `vllm bench latency` draws token ids below 10,000 whatever the vocabulary: hence random weights for that many.
+    random_model = folder / "random_model"
+    random_model.mkdir()
+    config = json.loads((MODEL / "config.json").read_text()) | {"vocab_size": 10000}
+    (random_model / "config.json").write_text(json.dumps(config))
+    oscar = ["--kv-cache-dtype", "oscar", *SMALL]
+    commands = {
+        "generate": [sys.executable, str(folder / "script.py")],
+        "throughput": [
+            VLLM, "bench", "throughput", "--model", str(MODEL), *oscar, "--dataset-name", "random",
+            "--random-input-len", "200", "--random-output-len", "16", "--num-prompts", "8",
+            "--output-json", str(folder / "throughput.json"),
+        ],
+        "latency": [
+            VLLM, "bench", "latency", "--model", str(random_model), "--load-format", "dummy", "--skip-tokenizer-init",
+            *oscar, "--input-len", "200", "--output-len", "16", "--batch-size", "4", "--num-iters-warmup", "1",
+            "--num-iters", "2", "--output-json", str(folder / "latency.json"),
+        ],
+        "ray": [sys.executable, str(REPO / "examples" / "ray_batch.py")],
+    }  # fmt: skip
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(run, *command, cwd=folder) for name, command in commands.items()}
+
+
+def test_generate_and_chat(output):
+    lines = output["generate"].result().splitlines()
     for label in ("GENERATE", "CHAT"):
         found = [line for line in lines if line.startswith(label)]
         assert len(found) == 2
         assert "8302914" in found[0]
 
 
-def test_bench_throughput(tmp_path):
-    result = tmp_path / "result.json"
-    run(
-        VLLM, "bench", "throughput", "--model", str(MODEL), "--kv-cache-dtype", "oscar", *SMALL,
-        "--dataset-name", "random", "--random-input-len", "200", "--random-output-len", "16", "--num-prompts", "8",
-        "--output-json", str(result),
-    )  # fmt: skip
-    found = json.loads(result.read_text())
+def test_bench_throughput(output, folder):
+    output["throughput"].result()
+    found = json.loads((folder / "throughput.json").read_text())
     assert found["num_requests"] == 8
     assert found["total_num_tokens"] >= 8 * 200
 
 
-def test_bench_latency(tmp_path):
-    """With random weights, since ``vllm bench latency`` draws token ids below 10,000 whatever the vocabulary."""
-    config = json.loads((MODEL / "config.json").read_text()) | {"vocab_size": 10000}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    result = tmp_path / "result.json"
-    run(
-        VLLM, "bench", "latency", "--model", str(tmp_path), "--load-format", "dummy", "--skip-tokenizer-init",
-        "--kv-cache-dtype", "oscar", *SMALL, "--input-len", "200", "--output-len", "16", "--batch-size", "4",
-        "--num-iters-warmup", "1", "--num-iters", "2", "--output-json", str(result),
-    )  # fmt: skip
-    found = json.loads(result.read_text())
+def test_bench_latency(output, folder):
+    output["latency"].result()
+    found = json.loads((folder / "latency.json").read_text())
     assert len(found["latencies"]) == 2 and min(found["latencies"]) > 0
 
 
-def test_ray_data():
-    pytest.importorskip("ray")
-    output = run(sys.executable, str(REPO / "examples" / "ray_batch.py"))
-    answers = [line for line in output.splitlines() if line.startswith("'") and " -> " in line]
+def test_ray_data(output):
+    answers = [line for line in output["ray"].result().splitlines() if line.startswith("'") and " -> " in line]
     assert len(answers) == 6
     assert any(line.startswith(repr("import os\n")) for line in answers)
     assert all(len(line.split(" -> ")[1]) > 10 for line in answers)

@@ -54,8 +54,14 @@ def kernels() -> list[str]:
     return [kind for kind in ("reference", "cpu") if ops.load(kind)[0] is not None]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("kind", kernels())
+def cases() -> list:
+    """Every preset with the native kernels; with the reference, which takes twice as long, the default one."""
+    everyday = [(kind, preset) for kind in kernels() for preset in PRESETS if kind != "reference" or preset == "oscar"]
+    slow = [("reference", preset) for preset in PRESETS if preset != "oscar"]
+    return everyday + [pytest.param(*case, marks=pytest.mark.slow) for case in slow]
+
+
+@pytest.mark.parametrize("kind, preset", cases())
 def test_chunks_decode_and_prefix_hits(engine_host, text, preset, kind):
     engine_host.start(
         preset, env={"VLLM_OSCAR_KERNELS": kind}, enable_prefix_caching=True, max_num_batched_tokens=200
