@@ -32,7 +32,7 @@ struct WarpShared {
   Walk walk;  // of the producer
 
   // One past the units of the share that are of the part of the segment at `now`: pages, or ring and in-flight tokens.
-  OSCAR_DEVICE int part_end() const {
+  OSCAR_DEVICE int end() const {
     return min(now.in_pages() ? now.request.units : now.request.exact, now.unit + left);
   }
 };
@@ -183,11 +183,11 @@ __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kC
       for (int n = 0; n < NTiles; ++n) query[n].rotate(p.args.is_bf16, scale_log2, lane);
     }
     if (pages) attend_pages<Layout, NTiles>(now.request.ring_start, buffer, next, query, acc, lane);
-    else attend_exact<Layout, NTiles>(now.unit, shared.part_end(), now, p, scale_log2, buffer, next, query, acc, lane);
+    else attend_exact<Layout, NTiles>(now.unit, shared.end(), now, p, scale_log2, buffer, next, query, acc, lane);
 
     // Read again what the registers had no room for.
     const int rows = min(now.request.rows - now.row_block * kRows, kRows);
-    const int end = shared.part_end();
+    const int end = shared.end();
     const int part_begin = pages ? now.request.exact : 0, part_end = pages ? now.request.units : now.request.exact;
     const int part = 2 * segment_index(p, now.index, now.head, now.row_block) + (pages ? 1 : 0);
     const int slot = shared.walk.rank + part;
