@@ -55,10 +55,13 @@ def kernels() -> list[str]:
 
 
 def cases() -> list:
-    """Every preset with the native kernels; with the reference, which takes twice as long, the default one."""
-    everyday = [(kind, preset) for kind in kernels() for preset in PRESETS if kind != "reference" or preset == "oscar"]
-    slow = [("reference", preset) for preset in PRESETS if preset != "oscar"]
-    return everyday + [pytest.param(*case, marks=pytest.mark.slow) for case in slow]
+    """Every preset with the native kernels; with the reference, which takes twice as long, others than the default
+    only when slow tests are asked for."""
+    return [
+        pytest.param(kind, preset, marks=pytest.mark.slow if kind == "reference" and preset != "oscar" else ())
+        for kind in kernels()
+        for preset in PRESETS
+    ]
 
 
 @pytest.mark.parametrize("kind, preset", cases())
