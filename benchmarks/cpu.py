@@ -31,8 +31,8 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from vllm_oscar.config import PAGE_TOKENS, WINDOW_TOKENS  # noqa: E402
-from vllm_oscar.format import PageFormat  # noqa: E402
+from vllm_oscar.core.config import PAGE_TOKENS, WINDOW_TOKENS  # noqa: E402
+from vllm_oscar.core.format import PageFormat  # noqa: E402
 from vllm_oscar.ops import cpu  # noqa: E402
 from vllm_oscar.ops import reference as ops  # noqa: E402
 

@@ -136,7 +136,7 @@ def turboquant(
     from vllm.v1.attention.ops.triton_turboquant_decode import triton_turboquant_decode_attention
     from vllm.v1.attention.ops.triton_turboquant_store import triton_turboquant_store
 
-    from vllm_oscar.hadamard import hadamard
+    from vllm_oscar.core.hadamard import hadamard
 
     page, splits = 16, 32
     packed_key = dim * bits // 8 + 2

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_oscar import reference
-from vllm_oscar.config import PAGE_TOKENS
-from vllm_oscar.format import PageFormat
+from vllm_oscar.core import reference
+from vllm_oscar.core.config import PAGE_TOKENS
+from vllm_oscar.core.format import PageFormat
 from vllm_oscar.ops import reference as reference_ops
 
 POISON = 0xFF  # NaN as fp16, bf16 and e4m3

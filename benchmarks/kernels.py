@@ -24,9 +24,9 @@ import torch  # noqa: E402
 
 from benchmarks import kernel_baselines as baselines  # noqa: E402
 from benchmarks.kernel_cases import Case, make_case, relative_error  # noqa: E402
-from vllm_oscar import reference  # noqa: E402
-from vllm_oscar.config import PAGE_TOKENS, PRESETS  # noqa: E402
-from vllm_oscar.format import PageFormat  # noqa: E402
+from vllm_oscar.core import reference  # noqa: E402
+from vllm_oscar.core.config import PAGE_TOKENS, PRESETS  # noqa: E402
+from vllm_oscar.core.format import PageFormat  # noqa: E402
 from vllm_oscar.ops import cuda  # noqa: E402
 
 MODELS = {"qwen3-8b": (8, 4, 128), "llama-3.1-8b": (8, 4, 128), "qwen3-32b": (8, 8, 128), "d64": (8, 4, 64)}
@@ -157,14 +157,14 @@ def time_prefill(
 
     Launched one by one, as vLLM does in a prefill: the launches are short beside the work.
     """
-    from vllm_oscar.ops import flash_prefill
+    from vllm_oscar.ops import dense_prefill
 
     case = make_case(fmt, [(context - chunk, chunk)], kv_heads=heads, group=group, dtype=torch.bfloat16)
     out = torch.empty_like(case.query)
-    item = flash_prefill.Prefill(0, 0, chunk, context - chunk)
+    item = dense_prefill.Prefill(0, 0, chunk, context - chunk)
 
     def ours() -> None:
-        flash_prefill.attention(
+        dense_prefill.attention(
             out, case.query, case.key, case.value, *case.cache, case.ring_start, case.ring_pages, case.scale, fmt,
             [item],
         )  # fmt: skip

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from vllm_oscar import planner
+from vllm_oscar.tools import plan as planner
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 CONTEXT = 4096

@@ -117,7 +117,7 @@ OLD_DTYPE = [
 
 REGISTER = """
 import vllm
-from vllm_oscar import compat, plugin
+from vllm_oscar.engine import compat, plugin
 assert compat.unsupported_version() is None, compat.unsupported_version()
 plugin.register(); plugin.register()
 import torch
@@ -128,8 +128,8 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
-from vllm_oscar.config import PRESETS
-from vllm_oscar.tail import OscarTailManager, OscarTailSpec
+from vllm_oscar.core.config import PRESETS
+from vllm_oscar.engine.tail import OscarTailManager, OscarTailSpec
 for preset in PRESETS:
     assert CacheConfig(cache_dtype=preset).cache_dtype == preset
     layer = AttentionSelectorConfig(head_size=128, dtype=torch.bfloat16, kv_cache_dtype=preset, block_size=128)

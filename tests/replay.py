@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vllm_oscar.format import PageFormat
-from vllm_oscar.reference import decode_pages, encode_pages
+from vllm_oscar.core.format import PageFormat
+from vllm_oscar.core.reference import decode_pages, encode_pages
 
 BLOCK = 128
 

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from vllm_oscar import diagnosis, planner, verification
-from vllm_oscar.cli import app
-from vllm_oscar.config import PRESETS
-from vllm_oscar.format import PageFormat
+from vllm_oscar.core.config import PRESETS
+from vllm_oscar.core.format import PageFormat
 from vllm_oscar.ops import reference
+from vllm_oscar.tools import doctor as diagnosis
+from vllm_oscar.tools import plan as planner
+from vllm_oscar.tools import verify as verification
+from vllm_oscar.tools.cli import app
 
 runner = CliRunner(env={"COLUMNS": "160"})
 
@@ -120,7 +122,7 @@ def test_doctor_refuses_unknown_kernels(monkeypatch):
 
 
 def test_doctor_names_a_vllm_that_is_too_new(monkeypatch):
-    from vllm_oscar import compat
+    from vllm_oscar.engine import compat
 
     monkeypatch.setattr(compat, "vllm_version", lambda: (0, 99))
     result = runner.invoke(app, ["doctor"])

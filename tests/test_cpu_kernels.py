@@ -14,9 +14,9 @@ import zlib
 import pytest
 import torch
 
-from vllm_oscar import format, reference
-from vllm_oscar.config import PAGE_TOKENS, PRESETS, SUPPORTED_HEAD_DIMS, NormScope
-from vllm_oscar.format import PageFormat
+from vllm_oscar.core import format, reference
+from vllm_oscar.core.config import PAGE_TOKENS, PRESETS, SUPPORTED_HEAD_DIMS, NormScope
+from vllm_oscar.core.format import PageFormat
 from vllm_oscar.ops import cpu
 from vllm_oscar.ops import reference as ops
 

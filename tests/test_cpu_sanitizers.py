@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 
 CHECK = """
 import ctypes, torch
-from vllm_oscar.format import PageFormat
+from vllm_oscar.core.format import PageFormat
 from vllm_oscar.ops import cpu
 
 libc = ctypes.CDLL(None)

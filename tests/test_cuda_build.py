@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_oscar.config import PRESETS, NormScope, ParamType
-from vllm_oscar.format import PageFormat, pack_codes
+from vllm_oscar.core.config import PRESETS, NormScope, ParamType
+from vllm_oscar.core.format import PageFormat, pack_codes
 
 ROOT = Path(__file__).parents[1]
 INCLUDE = f"-I{ROOT / 'csrc' / 'include'}"

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from benchmarks.kernel_cases import POISON, make_case, relative_error
-from vllm_oscar.config import PRESETS
-from vllm_oscar.format import PageFormat
+from vllm_oscar.core.config import PRESETS
+from vllm_oscar.core.format import PageFormat
 from vllm_oscar.ops import cuda
 from vllm_oscar.ops import reference as reference_ops
 

@@ -18,10 +18,10 @@ pytest.importorskip("matplotlib")
 
 from benchmarks.fidelity import attention, measures, methods, report, tasks  # noqa: E402
 from benchmarks.fidelity.records import Records  # noqa: E402
-from vllm_oscar.config import MEASURED_LOSS, PRESETS  # noqa: E402
-from vllm_oscar.format import PageFormat  # noqa: E402
-from vllm_oscar.reference import attention as reference_attention  # noqa: E402
-from vllm_oscar.reference import encode_pages  # noqa: E402
+from vllm_oscar.core.config import MEASURED_LOSS, PRESETS  # noqa: E402
+from vllm_oscar.core.format import PageFormat  # noqa: E402
+from vllm_oscar.core.reference import attention as reference_attention  # noqa: E402
+from vllm_oscar.core.reference import encode_pages  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "examples" / "demo_model"
@@ -90,7 +90,7 @@ def test_a_lossy_method_diverges_more_with_fewer_bits(lab, tokens):
 @pytest.mark.parametrize("position", [0, 127, 128, 255, 390])
 def test_each_query_sees_what_the_serving_path_reads(name, position):
     """Against the normative attention over pages and ring, one decode step at a time."""
-    from vllm_oscar.config import WINDOW_TOKENS
+    from vllm_oscar.core.config import WINDOW_TOKENS
 
     torch.manual_seed(position)
     fmt = PageFormat.preset(name, 64)
@@ -159,7 +159,7 @@ from vllm.v1.attention.ops.triton_turboquant_store import triton_turboquant_stor
 from vllm.v1.attention.ops import triton_turboquant_decode as decode
 from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
 from benchmarks.fidelity.methods import turboquant_centroids, turboquant_replay, TURBOQUANT_PRESETS
-from vllm_oscar.hadamard import hadamard
+from vllm_oscar.core.hadamard import hadamard
 torch.manual_seed(0)
 tokens, heads, dim = 2, 2, 64
 for name, (kb, vb) in TURBOQUANT_PRESETS.items():

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_oscar import format as fmt_
-from vllm_oscar.config import PRESETS, SUPPORTED_HEAD_DIMS, NormScope, OscarConfig, ParamType, get_preset
-from vllm_oscar.format import PageFormat
-from vllm_oscar.hadamard import hadamard, rotate, unrotate
+from vllm_oscar.core import format as fmt_
+from vllm_oscar.core.config import PRESETS, SUPPORTED_HEAD_DIMS, NormScope, OscarConfig, ParamType, get_preset
+from vllm_oscar.core.format import PageFormat
+from vllm_oscar.core.hadamard import hadamard, rotate, unrotate
 
 configs = st.builds(
     OscarConfig,

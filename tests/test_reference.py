@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_oscar.config import PRESETS, SUPPORTED_HEAD_DIMS, NormScope, OscarConfig, ParamType
-from vllm_oscar.format import PageFormat
-from vllm_oscar.reference import attention, decode_page, decode_pages, encode_page, encode_pages
+from vllm_oscar.core.config import PRESETS, SUPPORTED_HEAD_DIMS, NormScope, OscarConfig, ParamType
+from vllm_oscar.core.format import PageFormat
+from vllm_oscar.core.reference import attention, decode_page, decode_pages, encode_page, encode_pages
 
 presets = st.sampled_from(list(PRESETS))
 head_dims = st.sampled_from(SUPPORTED_HEAD_DIMS)

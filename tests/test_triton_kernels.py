@@ -16,9 +16,9 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch  # noqa: E402
 
-from vllm_oscar import reference  # noqa: E402
-from vllm_oscar.config import PAGE_TOKENS, PRESETS, SUPPORTED_HEAD_DIMS, NormScope, OscarConfig, ParamType  # noqa: E402
-from vllm_oscar.format import PageFormat  # noqa: E402
+from vllm_oscar.core import reference  # noqa: E402
+from vllm_oscar.core.config import PAGE_TOKENS, PRESETS, SUPPORTED_HEAD_DIMS, NormScope, OscarConfig, ParamType  # noqa: E402
+from vllm_oscar.core.format import PageFormat  # noqa: E402
 from vllm_oscar.ops import reference as expected_ops  # noqa: E402
 from vllm_oscar.ops import triton as ops  # noqa: E402
 
@@ -252,7 +252,7 @@ def test_matrix(preset, dim, dtype):
 @pytest.mark.parametrize("name", ["decode_large", "chunk_large"])
 def test_portable_codes(name, monkeypatch):
     """Where matrix units flush subnormals, codes are read as ordinary fp16 numbers."""
-    from vllm_oscar.ops import triton_common
+    from vllm_oscar.ops.triton import page as triton_common
 
     monkeypatch.setattr(triton_common, "codes_mode", lambda: 0)
     batch = make(name)
@@ -261,7 +261,7 @@ def test_portable_codes(name, monkeypatch):
 
 def test_many_splits(monkeypatch):
     """More splits than pages, and splits of several pages: some have nothing to do."""
-    from vllm_oscar.ops import triton_decode
+    from vllm_oscar.ops.triton import decode as triton_decode
 
     batch = Batch(PageFormat.preset("oscar_small", 64), [(430, 1, 50), (140, 1, 12), (3, 1, 3)], heads=1)
     for splits in (1, 3, 7):
@@ -279,8 +279,9 @@ COMPILE = """
 import pathlib, re, subprocess, sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from vllm_oscar.format import PageFormat
-from vllm_oscar.ops import triton as ops, triton_decode, triton_prefill, triton_store
+from vllm_oscar.core.format import PageFormat
+from vllm_oscar.ops import triton as ops
+from vllm_oscar.ops.triton import decode as triton_decode, prefill as triton_prefill, store as triton_store
 
 class Driver:  # of a device that is not there
     get_current_device = lambda self: 0

@@ -17,7 +17,7 @@ INSTALLED = Path(vllm.__file__).parent.parent
 
 
 def test_the_installed_vllm_is_supported():
-    from vllm_oscar import compat
+    from vllm_oscar.engine import compat
 
     assert compat.unsupported_version() is None
     assert compat.MIN_VLLM <= compat.vllm_version() <= compat.MAX_VLLM
@@ -67,7 +67,7 @@ def test_applying_twice_changes_nothing():
     from vllm.model_executor.layers.attention import Attention
     from vllm.platforms import current_platform
 
-    from vllm_oscar import compat
+    from vllm_oscar.engine import compat
 
     compat.apply()
     before = (Attention.__init__, Attention.get_kv_cache_spec, type(current_platform).get_attn_backend_cls.__func__)

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from vllm_oscar.config import PRESETS
+from vllm_oscar.core.config import PRESETS
 
 LAYERS, HEADS, DIM = 6, 2, 128  # the demo model
 

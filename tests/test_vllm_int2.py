@@ -8,8 +8,8 @@ import torch
 from replay import Replay
 from vllm_engine import MODEL
 
-from vllm_oscar import ops
-from vllm_oscar.config import PRESETS
+from vllm_oscar.core.config import PRESETS
+from vllm_oscar.ops import select as ops
 
 # Two float32 computations differ by about 1e-5 until a value at the edge between two codes
 # is rounded to different sides. Noise of 3e-7 (relative) on the replay's own keys and

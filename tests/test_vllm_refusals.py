@@ -176,7 +176,7 @@ def test_speculation_other_than_ngram(method):
     """At the level of the check: vLLM wants a draft model's files before it gets there."""
     from types import SimpleNamespace
 
-    from vllm_oscar.checks import UnsupportedByOscar, _check_speculation
+    from vllm_oscar.engine.checks import UnsupportedByOscar, _check_speculation
 
     with pytest.raises(UnsupportedByOscar) as caught:
         _check_speculation(SimpleNamespace(method=method), "oscar")
@@ -225,7 +225,7 @@ def test_our_variables_pass_vllms_validation(refusal, monkeypatch):
 def test_an_unsupported_vllm_is_named_and_left_alone(monkeypatch, caplog, version):
     import vllm
 
-    from vllm_oscar import compat, plugin
+    from vllm_oscar.engine import compat, plugin
 
     monkeypatch.setattr(vllm, "__version__", version)
     monkeypatch.setattr(compat, "apply", lambda: pytest.fail("patched an unsupported vLLM"))
@@ -266,7 +266,7 @@ def test_too_little_memory_names_the_setting(engine_host):
 def test_a_layer_that_is_not_plain_attention(attribute, what):
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
-    from vllm_oscar.checks import check_selection
+    from vllm_oscar.engine.checks import check_selection
 
     plain = AttentionSelectorConfig(head_size=128, dtype=torch.bfloat16, kv_cache_dtype="oscar", block_size=128)
     check_selection(plain)
@@ -287,7 +287,7 @@ def test_a_layer_that_is_not_plain_attention(attribute, what):
     ],
 )
 def test_an_impl_with_an_unsupported_argument(arguments, what):
-    from vllm_oscar.impl import OscarImpl
+    from vllm_oscar.engine.impl import OscarImpl
 
     with pytest.raises(ValueError) as caught:
         OscarImpl(2, 128, 0.1, kv_cache_dtype="oscar", **arguments)

@@ -170,7 +170,7 @@ class _Engine:
         from vllm import LLM
         from vllm.platforms import current_platform
 
-        from vllm_oscar import ops
+        from vllm_oscar.ops import select as ops
 
         for name in SWITCHES:
             os.environ.pop(name, None)

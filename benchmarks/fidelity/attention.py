@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vllm_oscar.config import PAGE_TOKENS
+from vllm_oscar.core.config import PAGE_TOKENS
 
 from .methods import Method
 

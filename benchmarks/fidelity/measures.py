@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vllm_oscar.config import PAGE_TOKENS
-from vllm_oscar.hadamard import rotate
+from vllm_oscar.core.config import PAGE_TOKENS
+from vllm_oscar.core.hadamard import rotate
 
 from . import attention
 from .methods import Method

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from vllm_oscar.config import PRESETS, WINDOW_TOKENS, NormScope, OscarConfig, ParamType
-from vllm_oscar.format import PageFormat
-from vllm_oscar.hadamard import rotate, unrotate
-from vllm_oscar.reference import decode_pages, encode_pages
+from vllm_oscar.core.config import PRESETS, WINDOW_TOKENS, NormScope, OscarConfig, ParamType
+from vllm_oscar.core.format import PageFormat
+from vllm_oscar.core.hadamard import rotate, unrotate
+from vllm_oscar.core.reference import decode_pages, encode_pages
 
 Blocks = tuple[torch.Tensor, torch.Tensor]
 

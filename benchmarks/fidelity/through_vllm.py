@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_oscar.config import PRESETS
+from vllm_oscar.core.config import PRESETS
 
 from . import measures, methods
 from .records import Records

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Reading a page (vllm_oscar/format.py): shape, parameters, code planes.
+// Reading a page (vllm_oscar/core/format.py): shape, parameters, code planes.
 #pragma once
 
 #include "oscar_cpu.h"

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from vllm_oscar.config import NormScope
-from vllm_oscar.format import PageFormat
-from vllm_oscar.hadamard import hadamard
+from vllm_oscar.core.config import NormScope
+from vllm_oscar.core.format import PageFormat
+from vllm_oscar.core.hadamard import hadamard
 
 LIBRARY = Path(__file__).resolve().parent.parent / "lib" / "oscar_cpu.so"
 

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from vllm_oscar import envs
-from vllm_oscar.config import NormScope, ParamType
-from vllm_oscar.format import PageFormat
+from vllm_oscar.core import envs
+from vllm_oscar.core.config import NormScope, ParamType
+from vllm_oscar.core.format import PageFormat
 
 GRAPH_SUPPORT = "UNIFORM_BATCH"
 LIBRARY = Path(__file__).parents[1] / "lib" / "oscar_cuda.so"

@@ -42,9 +42,9 @@ from __future__ import annotations
 
 import torch
 
-from vllm_oscar import reference
-from vllm_oscar.config import PAGE_TOKENS
-from vllm_oscar.format import PageFormat
+from vllm_oscar.core import reference
+from vllm_oscar.core.config import PAGE_TOKENS
+from vllm_oscar.core.format import PageFormat
 
 
 def available() -> tuple[bool, str]:

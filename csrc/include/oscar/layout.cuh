@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Byte layout of a page as compile-time constants. vllm_oscar/format.py is the
+// Byte layout of a page as compile-time constants. vllm_oscar/core/format.py is the
 // source of truth and documents the element order; tests compare the two.
 #pragma once
 

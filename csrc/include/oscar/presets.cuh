@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The page layouts that get compiled: the presets of vllm_oscar/config.py. Any other
+// The page layouts that get compiled: the presets of vllm_oscar/core/config.py. Any other
 // combination that PageLayout accepts needs one more line here.
 #pragma once
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Encoder: one block quantizes 128 tokens of one KV head of one request.
-// The arithmetic follows vllm_oscar/reference.py operation by operation (no contraction
+// The arithmetic follows vllm_oscar/core/reference.py operation by operation (no contraction
 // to fused multiply-adds), so that only rounding ties may differ.
 #pragma once
 

@@ -65,7 +65,7 @@ def _examine_vllm(fix: bool) -> Iterator[Finding]:
             yield Finding(
                 "warning", broken, "not needed by vllm-oscar, and its release may break transformers; pip uninstall it"
             )
-    from vllm_oscar import compat
+    from vllm_oscar.engine import compat
 
     try:
         problem = compat.unsupported_version()
@@ -78,7 +78,7 @@ def _examine_vllm(fix: bool) -> Iterator[Finding]:
         return
     yield Finding("ok", "vllm", f"{cpu_build or named} ({'CPU' if cpu_build else 'GPU'} build)")
     entry_points = importlib.metadata.entry_points(group="vllm.general_plugins")
-    if not any(entry.value == "vllm_oscar.plugin:register" for entry in entry_points):
+    if not any(entry.value == "vllm_oscar.engine.plugin:register" for entry in entry_points):
         yield Finding("error", "plugin", "entry point not found; reinstall vllm-oscar with pip")
         return
     patches = ", ".join(name for name in vars(compat) if name.startswith(("patch_", "register_")))
@@ -88,7 +88,8 @@ def _examine_vllm(fix: bool) -> Iterator[Finding]:
 def _examine_kernels() -> Iterator[Finding]:
     import torch
 
-    from vllm_oscar import envs, ops
+    from vllm_oscar.core import envs
+    from vllm_oscar.ops import select as ops
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()

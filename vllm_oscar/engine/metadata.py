@@ -13,10 +13,11 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 
-from vllm_oscar import envs, ops
-from vllm_oscar.config import PAGE_TOKENS, WINDOW_TOKENS, get_preset
-from vllm_oscar.format import PageFormat
-from vllm_oscar.ops.flash_prefill import Prefill
+from vllm_oscar.core import envs
+from vllm_oscar.core.config import PAGE_TOKENS, WINDOW_TOKENS, get_preset
+from vllm_oscar.core.format import PageFormat
+from vllm_oscar.ops import select as ops
+from vllm_oscar.ops.dense_prefill import Prefill
 
 
 @dataclass

@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_oscar.config import PAGE_TOKENS
-from vllm_oscar.ops import triton_common as common
-from vllm_oscar.ops.triton_common import as_pointer, find_request, ring_tokens
+from vllm_oscar.core.config import PAGE_TOKENS
+from vllm_oscar.ops.triton import page as common
+from vllm_oscar.ops.triton.page import as_pointer, find_request, ring_tokens
 
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds a float32 to an integer, ties to even
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 
-from vllm_oscar import envs
-from vllm_oscar.config import PAGE_TOKENS, PRESETS, SUPPORTED_HEAD_DIMS, NormScope
+from vllm_oscar.core import envs
+from vllm_oscar.core.config import PAGE_TOKENS, PRESETS, SUPPORTED_HEAD_DIMS, NormScope
 
 logger = logging.getLogger("vllm.oscar")
 
@@ -104,7 +104,7 @@ def _check_model(model, dtype: str) -> None:
 
 def check_selection(selector_config) -> None:
     """The same for one layer, with what only the layer knows. Raises :class:`UnsupportedByOscar`."""
-    from vllm_oscar.backend import OscarBackend
+    from vllm_oscar.engine.backend import OscarBackend
 
     dtype = selector_config.kv_cache_dtype
     for attribute, what in (

@@ -14,15 +14,15 @@ from typing import Literal, get_args
 
 import torch
 
-from vllm_oscar import envs
-from vllm_oscar.config import PRESETS
+from vllm_oscar.core import envs
+from vllm_oscar.core.config import PRESETS
 
 MIN_VLLM = (0, 29)
 MAX_VLLM = (0, 33)  # inclusive
 
 BACKENDS = {
-    "OSCAR": "vllm_oscar.backend.OscarBackend",
-    "OSCAR_TAIL": "vllm_oscar.backend.OscarTailBackend",
+    "OSCAR": "vllm_oscar.engine.backend.OscarBackend",
+    "OSCAR_TAIL": "vllm_oscar.engine.backend.OscarTailBackend",
 }
 
 
@@ -130,7 +130,7 @@ def register_backends() -> None:
                 register_backend(name, path)
         return
     # Earlier there is one slot for strangers, and a backend must bear its name.
-    from vllm_oscar.backend import OscarBackend
+    from vllm_oscar.engine.backend import OscarBackend
 
     register_backend(AttentionBackendEnum.CUSTOM, BACKENDS["OSCAR"])
     OscarBackend.name = "CUSTOM"
@@ -140,7 +140,7 @@ def register_tail_spec() -> None:
     """Tell the block manager how the ring is allocated."""
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-    from vllm_oscar.tail import OscarTailManager, OscarTailSpec
+    from vllm_oscar.engine.tail import OscarTailManager, OscarTailSpec
 
     # Registering into an empty registry would keep vLLM from adding its own specs.
     KVCacheSpecRegistry._ensure_registered()
@@ -154,7 +154,7 @@ def patch_backend_selection() -> None:
     def wrapper(original):
         def get_attn_backend_cls(cls, selected_backend, attn_selector_config, *args, **kwargs):
             if attn_selector_config.kv_cache_dtype in PRESETS:
-                from vllm_oscar.checks import check_selection
+                from vllm_oscar.engine.checks import check_selection
 
                 check_selection(attn_selector_config)
                 return BACKENDS["OSCAR"]
@@ -173,7 +173,7 @@ def patch_config_check() -> None:
         def check_and_update_config(cls, vllm_config):
             original(cls, vllm_config)
             if vllm_config.cache_config.cache_dtype in PRESETS:
-                from vllm_oscar.checks import check_config
+                from vllm_oscar.engine.checks import check_config
 
                 check_config(vllm_config)
 
@@ -196,7 +196,7 @@ def patch_attention_layer() -> None:
             if self.kv_cache_dtype in PRESETS:
                 from vllm.config import get_current_vllm_config
 
-                from vllm_oscar.tail import OscarTail
+                from vllm_oscar.engine.tail import OscarTail
 
                 self.oscar_tail = OscarTail(self, get_current_vllm_config())
 

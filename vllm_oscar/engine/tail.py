@@ -21,7 +21,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import CircularBufferManager
 from vllm.v1.kv_cache_interface import CircularBufferSpec
 
-from vllm_oscar.config import PAGE_TOKENS
+from vllm_oscar.core.config import PAGE_TOKENS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ class OscarTail(nn.Module, AttentionLayerBase):
         impl.tail = self
 
     def get_attn_backend(self):
-        from vllm_oscar.backend import OscarTailBackend
+        from vllm_oscar.engine.backend import OscarTailBackend
 
         return OscarTailBackend
 

@@ -25,9 +25,9 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_oscar.config import NormScope, ParamType
-from vllm_oscar.format import PageFormat
-from vllm_oscar.hadamard import hadamard
+from vllm_oscar.core.config import NormScope, ParamType
+from vllm_oscar.core.format import PageFormat
+from vllm_oscar.core.hadamard import hadamard
 
 LOG2E = tl.constexpr(1.4426950408889634)
 

@@ -10,8 +10,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_oscar.config import PAGE_TOKENS, PRESETS, SUPPORTED_HEAD_DIMS
-from vllm_oscar.format import PageFormat
+from vllm_oscar.core.config import PAGE_TOKENS, PRESETS, SUPPORTED_HEAD_DIMS
+from vllm_oscar.core.format import PageFormat
 
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}

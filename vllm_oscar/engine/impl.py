@@ -8,12 +8,13 @@ from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from vllm_oscar import envs, ops
-from vllm_oscar.config import get_preset
-from vllm_oscar.format import PageFormat
-from vllm_oscar.lossless import LosslessFormat
-from vllm_oscar.metadata import OscarMetadata
-from vllm_oscar.tail import OscarTail
+from vllm_oscar.core import envs
+from vllm_oscar.core.config import get_preset
+from vllm_oscar.core.format import PageFormat
+from vllm_oscar.core.lossless import LosslessFormat
+from vllm_oscar.engine.metadata import OscarMetadata
+from vllm_oscar.engine.tail import OscarTail
+from vllm_oscar.ops import select as ops
 
 
 def current_format(head_dim: int):
@@ -67,9 +68,9 @@ class OscarImpl(AttentionImpl[OscarMetadata]):
         vllm_config = get_current_vllm_config()
         device_type = vllm_config.device_config.device_type
         self.ops = ops.select(device_type, self.fmt)
-        self.flash_prefill = ops.select_prefill(device_type, self.ops)
-        if self.flash_prefill:
-            self.flash_prefill.reserve(
+        self.dense_prefill = ops.select_prefill(device_type, self.ops)
+        if self.dense_prefill:
+            self.dense_prefill.reserve(
                 self.fmt,
                 self.num_kv_heads,
                 vllm_config.model_config.dtype,
@@ -107,7 +108,7 @@ class OscarImpl(AttentionImpl[OscarMetadata]):
 
         self.ops.store_pages(key, value, pages, ring, *tables, *lengths, ring_pages, fmt, max_query_len=longest)
         new = (out, query, key, value, pages, ring)
-        if self.flash_prefill and step.prefills:
+        if self.dense_prefill and step.prefills:
             self._attend_mixed(new, tables, lengths, tail.ring_start, step)
         else:
             self.ops.attention(
@@ -132,7 +133,7 @@ class OscarImpl(AttentionImpl[OscarMetadata]):
                 max_query_len=step.max_decode_query_len,
                 tables_ready=True,  # as in forward()
             )
-        self.flash_prefill.attention(*new, *tables, *lengths, ring_start, *common, step.prefills)
+        self.dense_prefill.attention(*new, *tables, *lengths, ring_start, *common, step.prefills)
 
     def _tail_metadata(self) -> OscarMetadata:
         metadata = get_forward_context().attn_metadata

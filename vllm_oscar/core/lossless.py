@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_oscar.config import PAGE_TOKENS, OscarConfig
-from vllm_oscar.format import WINDOW_CAPACITY
+from vllm_oscar.core.config import PAGE_TOKENS, OscarConfig
+from vllm_oscar.core.format import WINDOW_CAPACITY
 
 
 @dataclass(frozen=True)
 class LosslessFormat:
-    """Pages of unquantized K and V; the counterpart of :class:`vllm_oscar.format.PageFormat`."""
+    """Pages of unquantized K and V; the counterpart of :class:`vllm_oscar.core.format.PageFormat`."""
 
     config: OscarConfig
     head_dim: int

@@ -14,7 +14,7 @@ def register() -> None:
     An unsupported vLLM is left untouched, with one error in the log, so that it still
     serves everything else.
     """
-    from vllm_oscar import compat
+    from vllm_oscar.engine import compat
 
     problem = compat.unsupported_version()
     if problem:

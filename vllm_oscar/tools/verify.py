@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_oscar import ops
-from vllm_oscar.config import PAGE_TOKENS, PRESETS
-from vllm_oscar.format import PageFormat
+from vllm_oscar.core.config import PAGE_TOKENS, PRESETS
+from vllm_oscar.core.format import PageFormat
 from vllm_oscar.ops import reference
+from vllm_oscar.ops import select as ops
 
 STORE_BOUND = 1e-3  # share of bytes that may differ: rounding ties
 ATTENTION_BOUND = 1e-2  # bf16 inputs

@@ -15,8 +15,8 @@ from functools import lru_cache
 
 import torch
 
-from vllm_oscar.config import PAGE_TOKENS
-from vllm_oscar.format import PageFormat
+from vllm_oscar.core.config import PAGE_TOKENS
+from vllm_oscar.core.format import PageFormat
 from vllm_oscar.ops import cuda
 
 WORKSPACE_TOKENS = 16384

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import torch
 
-from vllm_oscar import format as fmt_
-from vllm_oscar.config import PAGE_TOKENS, NormScope, ParamType
-from vllm_oscar.format import PageFormat
-from vllm_oscar.hadamard import rotate, unrotate
-from vllm_oscar.lossless import LosslessFormat
+from vllm_oscar.core import format as fmt_
+from vllm_oscar.core.config import PAGE_TOKENS, NormScope, ParamType
+from vllm_oscar.core.format import PageFormat
+from vllm_oscar.core.hadamard import rotate, unrotate
+from vllm_oscar.core.lossless import LosslessFormat
 
 _FP16_MAX = 65504.0
 _E4M3_MAX = 448.0

@@ -13,7 +13,7 @@ A page holds 128 tokens of one KV head in one contiguous run of bytes::
     padding   up to a whole number of bytes per token
 
 A key element is ``norm * (scale * code + zero)`` and a value element is
-``scale * code + zero``, both in the rotated space (:mod:`vllm_oscar.hadamard`).
+``scale * code + zero``, both in the rotated space (:mod:`vllm_oscar.core.hadamard`).
 
 The order inside a section is the order in which a warp consumes it as the A
 operand of ``mma.m16n8k16`` (keys: rows are tokens, values: rows are channels), so
@@ -51,7 +51,7 @@ from functools import cached_property, lru_cache
 
 import torch
 
-from vllm_oscar.config import PAGE_TOKENS, SUPPORTED_HEAD_DIMS, NormScope, OscarConfig, get_preset
+from vllm_oscar.core.config import PAGE_TOKENS, SUPPORTED_HEAD_DIMS, NormScope, OscarConfig, get_preset
 
 _LANES = 32
 _WORD_BYTES = 4

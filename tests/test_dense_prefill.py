@@ -4,9 +4,9 @@
 import pytest
 import torch
 
-from vllm_oscar import reference
-from vllm_oscar.config import PAGE_TOKENS, PRESETS
-from vllm_oscar.format import PageFormat
+from vllm_oscar.core import reference
+from vllm_oscar.core.config import PAGE_TOKENS, PRESETS
+from vllm_oscar.core.format import PageFormat
 from vllm_oscar.ops import reference as plain
 
 pytestmark = [
@@ -46,14 +46,14 @@ def make_case(fmt: PageFormat, dtype: torch.dtype, context: int, tokens: int, he
 @pytest.mark.parametrize("context, tokens", [(0, 200), (128, 1), (300, 77), (640, 128), (1000, 500)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gather_matches_the_reference(preset, head_dim, context, tokens, dtype):
-    from vllm_oscar.ops import flash_prefill
+    from vllm_oscar.ops import dense_prefill
 
     fmt = PageFormat.preset(preset, head_dim)
     case, ring_pages, old = make_case(fmt, dtype, context, tokens)
     _, key, value, pages, _, table, *_, ring_start = case
     length, start = context + tokens, int(ring_start)
     out = torch.full((2, length, key.shape[1], head_dim), float("nan"), dtype=dtype, device="cuda")
-    flash_prefill.gather(*(t.cuda() for t in case[1:]), ring_pages, fmt, 0, 0, length, out)
+    dense_prefill.gather(*(t.cuda() for t in case[1:]), ring_pages, fmt, 0, 0, length, out)
     count = -(-start // PAGE_TOKENS)
     decoded = reference.decode_pages(pages[table[0, :count].long()], fmt, torch.arange(count) == 0)
     for got, paged, kept, new in zip(out.cpu(), decoded, old, (key, value), strict=True):
@@ -65,16 +65,16 @@ def test_gather_matches_the_reference(preset, head_dim, context, tokens, dtype):
 
 @pytest.mark.parametrize("context, tokens, piece", [(0, 300, 16384), (1000, 500, 16384), (3000, 700, 1024)])
 def test_prefill_matches_the_reference(context, tokens, piece, monkeypatch):
-    from vllm_oscar.ops import flash_prefill
+    from vllm_oscar.ops import dense_prefill
 
-    monkeypatch.setattr(flash_prefill, "WORKSPACE_TOKENS", piece)
-    flash_prefill._workspaces.clear()
+    monkeypatch.setattr(dense_prefill, "WORKSPACE_TOKENS", piece)
+    dense_prefill._workspaces.clear()
     fmt = PageFormat.preset("oscar", 128)
     case, ring_pages, _ = make_case(fmt, torch.bfloat16, context, tokens)
     expected = torch.empty_like(case[0])
     plain.attention(expected, *case, ring_pages, 128**-0.5, fmt)
     out = torch.full_like(case[0], float("nan")).cuda()
-    rows = [flash_prefill.Prefill(0, 0, tokens, context)]
-    flash_prefill.attention(out, *(t.cuda() for t in case), ring_pages, 128**-0.5, fmt, rows)
+    rows = [dense_prefill.Prefill(0, 0, tokens, context)]
+    dense_prefill.attention(out, *(t.cuda() for t in case), ring_pages, 128**-0.5, fmt, rows)
     error = (out.cpu().float() - expected.float()).norm() / expected.float().norm()
     assert error < 1e-2, error

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``vllm-oscar``. Nothing else imports this package."""
