@@ -47,6 +47,7 @@ def cpu_commands(build: Path, output: Path) -> list[list[str]]:
     compiler = os.environ.get("CXX", "g++")
     extra = os.environ.get("OSCAR_CPU_CXXFLAGS", "").split()
     common = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+    common.append(f"-I{ROOT / 'csrc' / 'include'}")
     flags = X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else {}
     commands, objects = [], []
     for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):

@@ -20,7 +20,7 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -33,8 +33,8 @@ from rich.table import Table  # noqa: E402
 
 from vllm_oscar.core.config import PAGE_TOKENS, WINDOW_TOKENS  # noqa: E402
 from vllm_oscar.core.format import PageFormat  # noqa: E402
-from vllm_oscar.ops import cpu  # noqa: E402
-from vllm_oscar.ops import reference as ops  # noqa: E402
+from vllm_oscar.ops import cpu, reference  # noqa: E402
+from vllm_oscar.ops.step import Cache, Step  # noqa: E402
 
 DTYPE = torch.bfloat16
 
@@ -68,52 +68,52 @@ class Case:
         self.fmt, self.query_heads, self.heads = fmt, heads, kv_heads
         dim, seq_len = fmt.head_dim, context + query
         self.context, self.batch, self.new = context, batch, query
-        self.scale = dim**-0.5
         count = -(-seq_len // PAGE_TOKENS)
         self.query = torch.randn(batch * query, heads, dim).to(DTYPE)
         self.key, self.value = (torch.randn(batch * query, kv_heads, dim).to(DTYPE) for _ in range(2))
-        self.starts = torch.arange(batch + 1, dtype=torch.int32) * query
-        self.lens = torch.full((batch,), seq_len, dtype=torch.int32)
-        self.table = torch.randperm(batch * count, dtype=torch.int32).view(batch, count)
         self.out_oscar, self.out_bf16 = torch.empty_like(self.query), torch.empty_like(self.query)
 
-        self.ring_pages = fmt.ring_pages(DTYPE.itemsize)
-        self.ring_table = torch.arange(batch * self.ring_pages, dtype=torch.int32).view(batch, -1)
-        self.ring = torch.zeros(batch * self.ring_pages, kv_heads, fmt.page_bytes, dtype=torch.uint8)
+        ring_pages = fmt.ring_pages(DTYPE.itemsize)
         newest = max(context - WINDOW_TOKENS, 0) if fmt.config.recent_window else context
-        self.ring_start = torch.full((batch,), min(context // PAGE_TOKENS * PAGE_TOKENS, newest), dtype=torch.int32)
+        start = min(context // PAGE_TOKENS * PAGE_TOKENS, newest)
+        self.step = Step(
+            query_start_loc=torch.arange(batch + 1, dtype=torch.int32) * query,
+            seq_lens=torch.full((batch,), seq_len, dtype=torch.int32),
+            page_table=torch.randperm(batch * count, dtype=torch.int32).view(batch, count),
+            ring_table=torch.arange(batch * ring_pages, dtype=torch.int32).view(batch, -1),
+            ring_start=torch.full((batch,), start, dtype=torch.int32),
+            max_query_len=query,
+        )
         # Sixteen different pages, over and over: encoding 64k x 16 tokens would take longer than measuring.
         some = 16
-        pages = torch.empty(some, kv_heads, fmt.page_bytes, dtype=torch.uint8)
-        tokens = torch.randn(2, some * PAGE_TOKENS, kv_heads, dim).to(DTYPE)
-        cpu.store_pages(
-            tokens[0],
-            tokens[1],
-            pages,
-            self.ring,
-            torch.arange(some, dtype=torch.int32)[None],
-            self.ring_table[:1],
-            torch.tensor([0, some * PAGE_TOKENS], dtype=torch.int32),
-            torch.tensor([some * PAGE_TOKENS], dtype=torch.int32),
-            self.ring_pages,
-            fmt,
+        first = Cache(
+            pages=torch.empty(some, kv_heads, fmt.page_bytes, dtype=torch.uint8),
+            ring=torch.zeros(batch * ring_pages, kv_heads, fmt.page_bytes, dtype=torch.uint8),
+            ring_pages=ring_pages,
+            fmt=fmt,
+            scale=dim**-0.5,
         )
-        self.pages = pages[1:].repeat(-(-batch * count // (some - 1)), 1, 1)[: batch * count].clone()
-        self.pages[self.table[:, 0].long()] = pages[0]  # only there does a first page make sense
+        whole = replace(
+            self.step.head(1, some * PAGE_TOKENS),
+            query_start_loc=torch.tensor([0, some * PAGE_TOKENS], dtype=torch.int32),
+            seq_lens=torch.tensor([some * PAGE_TOKENS], dtype=torch.int32),
+            page_table=torch.arange(some, dtype=torch.int32)[None],
+        )
+        cpu.store_pages(whole, first, *torch.randn(2, some * PAGE_TOKENS, kv_heads, dim).to(DTYPE))
+        pages = first.pages[1:].repeat(-(-batch * count // (some - 1)), 1, 1)[: batch * count].clone()
+        pages[self.step.page_table[:, 0].long()] = first.pages[0]  # only there does a first page make sense
         recent = min(context, PAGE_TOKENS + 1)
-        cpu.write_ring(
-            *(torch.randn(2, batch * recent, kv_heads, dim).to(DTYPE)),
-            self.ring,
-            self.ring_table,
-            torch.arange(batch + 1, dtype=torch.int32) * recent,
-            torch.full((batch,), context, dtype=torch.int32),
-            self.ring_pages,
-            fmt,
+        newest_tokens = replace(
+            self.step,
+            query_start_loc=torch.arange(batch + 1, dtype=torch.int32) * recent,
+            seq_lens=torch.full((batch,), context, dtype=torch.int32),
+            max_query_len=recent,
         )
+        cpu.write_ring(newest_tokens, first, *torch.randn(2, batch * recent, kv_heads, dim).to(DTYPE))
 
         self.turn, (oscar_bytes, bf16_bytes) = 0, self.bytes_read()
-        copies = range(1, -(-cold // oscar_bytes))
-        self.caches = [(self.pages, self.ring), *((self.pages.clone(), self.ring.clone()) for _ in copies)]
+        copies = range(max(1, -(-cold // oscar_bytes)))
+        self.caches = [replace(first, pages=pages.clone(), ring=first.ring.clone()) for _ in copies]
 
         from vllm import _custom_ops
         from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
@@ -127,46 +127,30 @@ class Case:
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=dim,
-            seq_lens=self.lens,
+            seq_lens=self.step.seq_lens,
             dtype=DTYPE,
-            query_start_loc=self.starts,
+            query_start_loc=self.step.query_start_loc,
             causal=True,
             sliding_window_size=-1,
             isa=_get_attn_isa(DTYPE, PAGE_TOKENS, dim),
             enable_kv_split=True,
         )
 
-    def _call(self, backend, requests: int, heads: int) -> torch.Tensor:
-        """The operation for the first requests and KV heads, on the copy whose turn it is."""
-        pages, ring = self.caches[self.turn % len(self.caches)]
-        group, rows = self.query_heads // self.heads, requests * self.new
-        out = self.out_oscar[:rows, : heads * group]
-        backend.attention(
-            out,
-            self.query[:rows, : heads * group],
-            self.key[:rows, :heads],
-            self.value[:rows, :heads],
-            pages[:, :heads],
-            ring[:, :heads],
-            self.table[:requests],
-            self.ring_table[:requests],
-            self.starts[: requests + 1],
-            self.lens[:requests],
-            self.ring_start[:requests],
-            self.ring_pages,
-            self.scale,
-            self.fmt,
-        )
-        return out
-
     def error(self) -> float:
         """Relative error of the first request and KV head; the reference is too slow for more."""
-        got = self._call(cpu, 1, 1).float().clone()
-        want = self._call(ops, 1, 1).float()
-        return float((got - want).norm() / want.norm())
+        step, cache, group = self.step.head(1, self.new), self.caches[0], self.query_heads // self.heads
+        cache = replace(cache, pages=cache.pages[:, :1], ring=cache.ring[:, :1])
+        rows = slice(self.new)
+        key, value, query = self.key[rows, :1], self.value[rows, :1], self.query[rows, :group]
+        got, want = torch.empty_like(query), torch.empty_like(query)
+        cpu.attention(step, cache, query, key, value, got)
+        reference.attention(step, cache, query, key, value, want)
+        return float((got.float() - want.float()).norm() / want.float().norm())
 
     def oscar(self) -> None:
-        self._call(cpu, self.batch, self.heads)
+        """The operation on the copy whose turn it is."""
+        cache = self.caches[self.turn % len(self.caches)]
+        cpu.attention(self.step, cache, self.query, self.key, self.value, self.out_oscar)
 
     def bf16(self) -> None:
         key_cache, value_cache = self.blocks[self.turn % len(self.blocks)]
@@ -175,13 +159,13 @@ class Case:
             key_cache=key_cache,
             value_cache=value_cache,
             output=self.out_bf16,
-            query_start_loc=self.starts,
-            seq_lens=self.lens,
-            scale=self.scale,
+            query_start_loc=self.step.query_start_loc,
+            seq_lens=self.step.seq_lens,
+            scale=self.caches[0].scale,
             causal=True,
             alibi_slopes=None,
             sliding_window=-1,
-            block_table=self.table,
+            block_table=self.step.page_table,
             softcap=0,
             scheduler_metadata=self.metadata,
             s_aux=None,
@@ -190,7 +174,7 @@ class Case:
     def bytes_read(self) -> tuple[int, int]:
         """Cache bytes of OScaR and of bf16."""
         token = 2 * self.fmt.head_dim * DTYPE.itemsize
-        start = int(self.ring_start[0])
+        start = int(self.step.ring_start[0])
         pages = -(-start // PAGE_TOKENS) * self.fmt.page_bytes
         recent = (self.context - start + self.new) * token
         heads = self.batch * self.heads
@@ -277,7 +261,7 @@ def main(
     fmt = PageFormat.preset(preset, head_dim)
     bandwidth = read_bandwidth()
     console = Console()
-    isa = cpu.isas()[-1]
+    isa = cpu.isa()
     table = Table(title=f"{preset}, {torch.get_num_threads()} threads, {isa}, reads {bandwidth / 1e9:.1f} GB/s")
     for column in ("context", "batch", "oscar us", "bf16 us", "ratio", "oscar % bw", "bf16 % bw", "error"):
         table.add_column(column, justify="right")

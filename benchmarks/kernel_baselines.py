@@ -26,12 +26,9 @@ def _step(batch: int, context: int, heads: int, dim: int) -> tuple[torch.Tensor,
 
 
 def flash_attention_3(
-    batch: int, context: int, heads: int, group: int, dim: int, rotated_bytes: float, splits: int, tokens: int = 1
+    batch: int, context: int, heads: int, group: int, dim: int, rotated_bytes: float, splits: int
 ) -> Launches:
-    """FlashAttention-3 on bf16 blocks of 128 tokens; ``splits`` 0 lets it choose.
-
-    Each request has ``tokens`` new tokens, the last of its ``context``.
-    """
+    """FlashAttention-3 on bf16 blocks of 128 tokens; ``splits`` 0 lets it choose."""
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     page = 128
@@ -41,13 +38,12 @@ def flash_attention_3(
     cache = torch.empty(2, sets * batch * per_sequence, page, heads, dim, dtype=torch.bfloat16, device="cuda").normal_()
     table = torch.randperm(cache.shape[1], device="cuda").int().view(sets, batch, per_sequence)
     query, lens = _step(batch, context, heads * group, dim)
-    query = query.repeat(tokens, 1, 1)
-    starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda") * tokens
+    starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
     out = torch.empty_like(query)
 
     def launch(i: int) -> Callable[[], object]:
         return lambda: flash_attn_varlen_func(
-            query, cache[0], cache[1], tokens, starts, context, seqused_k=lens, block_table=table[i], causal=True,
+            query, cache[0], cache[1], 1, starts, context, seqused_k=lens, block_table=table[i], causal=True,
             out=out, fa_version=3, num_splits=splits,
         )  # fmt: skip
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,6 +11,7 @@ from vllm_oscar.core import reference
 from vllm_oscar.core.config import PAGE_TOKENS
 from vllm_oscar.core.format import PageFormat
 from vllm_oscar.ops import reference as reference_ops
+from vllm_oscar.ops.step import Cache, Step
 
 POISON = 0xFF  # NaN as fp16, bf16 and e4m3
 NO_BLOCK = 2**31 - 1
@@ -18,62 +19,42 @@ NO_BLOCK = 2**31 - 1
 
 @dataclass
 class Case:
-    """The arguments of one step; see :mod:`vllm_oscar.ops.reference`."""
+    """The arguments of one step; see :mod:`vllm_oscar.ops.step`."""
 
-    fmt: PageFormat
+    step: Step
+    cache: Cache
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    pages: torch.Tensor
-    ring: torch.Tensor
-    block_table: torch.Tensor
-    ring_table: torch.Tensor
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
-    ring_start: torch.Tensor
-    ring_pages: int
-    max_query_len: int
 
     @property
-    def scale(self) -> float:
-        return self.fmt.head_dim**-0.5
+    def fmt(self) -> PageFormat:
+        return self.cache.fmt
 
-    @property
-    def cache(self) -> tuple:
-        return self.pages, self.ring, self.block_table, self.ring_table, self.query_start_loc, self.seq_lens
-
-    def attention(self, ops, **options) -> torch.Tensor:
-        """Run the attention of ``ops`` into a poisoned output."""
+    def attention(self, kernels, **options) -> torch.Tensor:
+        """Run the attention of ``kernels`` into a poisoned output."""
         out = torch.full_like(self.query, float("nan"))
-        if ops.__name__.endswith(".cuda"):
-            options.setdefault("max_query_len", self.max_query_len)
-        ops.attention(
-            out, self.query, self.key, self.value, *self.cache, self.ring_start, self.ring_pages, self.scale, self.fmt,
-            **options,
-        )  # fmt: skip
+        kernels.attention(self.step, self.cache, self.query, self.key, self.value, out, **options)
         return out
 
     def exact_attention(self) -> torch.Tensor:
         """The reference with float64 products and softmax."""
         query = self.query.double()
         out = torch.full_like(query, float("nan"))
-        reference_ops.attention(
-            out, query, self.key, self.value, *self.cache, self.ring_start, self.ring_pages, self.scale, self.fmt
-        )
+        reference_ops.attention(self.step, self.cache, query, self.key, self.value, out)
         return out
 
-    def store(self, ops) -> torch.Tensor:
-        """Pages after ``ops.store_pages``."""
-        pages = self.pages.clone()
-        ops.store_pages(self.key, self.value, pages, *self.cache[1:], self.ring_pages, self.fmt)
-        return pages
+    def store(self, kernels) -> torch.Tensor:
+        """Pages after ``kernels.store_pages``."""
+        cache = replace(self.cache, pages=self.cache.pages.clone())
+        kernels.store_pages(self.step, cache, self.key, self.value)
+        return cache.pages
 
-    def write_ring(self, ops) -> torch.Tensor:
-        """Ring after ``ops.write_ring``."""
-        ring = self.ring.clone()
-        _, _, _, *tables = self.cache
-        ops.write_ring(self.key, self.value, ring, *tables, self.ring_pages, self.fmt)
-        return ring
+    def write_ring(self, kernels) -> torch.Tensor:
+        """Ring after ``kernels.write_ring``."""
+        cache = replace(self.cache, ring=self.cache.ring.clone())
+        kernels.write_ring(self.step, cache, self.key, self.value)
+        return cache.ring
 
 
 def random_tokens(tokens: int, heads: int, fmt: PageFormat, dtype, generator, device):
@@ -111,14 +92,14 @@ def make_case(
     ring_order = torch.randperm(count * ring_pages + 2, generator=generator, device=device).int()
     pages = torch.full((blocks, kv_heads, fmt.page_bytes), POISON, dtype=torch.uint8, device=device)
     ring = torch.full((len(ring_order), kv_heads, fmt.page_bytes), POISON, dtype=torch.uint8, device=device)
-    block_table = torch.full((count, max(blocks_of) + 2), NO_BLOCK, dtype=torch.int32, device=device)
+    page_table = torch.full((count, max(blocks_of) + 2), NO_BLOCK, dtype=torch.int32, device=device)
     ring_table = torch.full((count, ring_pages + 1), NO_BLOCK, dtype=torch.int32, device=device)
     view = reference.ring_view(ring, fmt, dtype)
     capacity = view.shape[2] * ring_pages
 
     ring_start, used = [], 0
     for r, (context, _) in enumerate(requests):
-        block_table[r, : blocks_of[r]] = order[used : used + blocks_of[r]]
+        page_table[r, : blocks_of[r]] = order[used : used + blocks_of[r]]
         used += blocks_of[r]
         ring_table[r, :ring_pages] = ring_order[r * ring_pages : (r + 1) * ring_pages]
         key, value = random_tokens(context, kv_heads, fmt, dtype, generator, device)
@@ -126,7 +107,7 @@ def make_case(
         if full:
             rows = slice(full * PAGE_TOKENS)
             first = torch.arange(full, device=device) == 0
-            pages[block_table[r, :full].long()] = reference.encode_pages(
+            pages[page_table[r, :full].long()] = reference.encode_pages(
                 key[rows].unflatten(0, (full, PAGE_TOKENS)), value[rows].unflatten(0, (full, PAGE_TOKENS)), fmt, first
             )
         positions = torch.arange(max(0, context - capacity), context, device=device)
@@ -144,21 +125,15 @@ def make_case(
     def int32(values) -> torch.Tensor:
         return torch.as_tensor(values, dtype=torch.int32, device=device)
 
-    return Case(
-        fmt=fmt,
-        query=query.to(dtype),
-        key=key,
-        value=value,
-        pages=pages,
-        ring=ring,
-        block_table=block_table,
-        ring_table=ring_table,
+    step = Step(
         query_start_loc=int32([0, *lengths.cumsum(0).tolist()]),
         seq_lens=int32([context + length for context, length in requests]),
+        page_table=page_table,
+        ring_table=ring_table,
         ring_start=int32(ring_start),
-        ring_pages=ring_pages,
         max_query_len=int(lengths.max()),
     )
+    return Case(step, Cache(pages, ring, ring_pages, fmt, fmt.head_dim**-0.5), query.to(dtype), key, value)
 
 
 def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:

@@ -28,6 +28,7 @@ from vllm_oscar.core import reference  # noqa: E402
 from vllm_oscar.core.config import PAGE_TOKENS, PRESETS  # noqa: E402
 from vllm_oscar.core.format import PageFormat  # noqa: E402
 from vllm_oscar.ops import cuda  # noqa: E402
+from vllm_oscar.ops.step import Step  # noqa: E402
 
 MODELS = {"qwen3-8b": (8, 4, 128), "llama-3.1-8b": (8, 4, 128), "qwen3-32b": (8, 8, 128), "d64": (8, 4, 64)}
 CASES = [
@@ -92,7 +93,7 @@ def read_bandwidth() -> float:
 
 # ---- caches of the size to be timed -----------------------------------------------
 def big_case(fmt: PageFormat, batch: int, context: int, heads: int, group: int, dtype) -> tuple[list[Case], int]:
-    """Equal steps on disjoint caches, and the bytes that one of them must read.
+    """Equal steps on disjoint blocks of a cache, and the bytes that one of them must read.
 
     Sequences have ``context`` tokens including the step's one; pages repeat a pool of
     encoded random blocks in random order.
@@ -100,7 +101,7 @@ def big_case(fmt: PageFormat, batch: int, context: int, heads: int, group: int, 
     seed = make_case(
         fmt, [(PAGE_TOKENS * 64, 1)] * 8, kv_heads=heads, group=group, dtype=dtype, lookahead=0, seed=context + batch
     )
-    encoded = seed.pages[seed.block_table[:, :64].long()]  # [8, 64, H, bytes]
+    encoded = seed.cache.pages[seed.step.page_table[:, :64].long()]  # [8, 64, H, bytes]
     per_sequence = -(-context // PAGE_TOKENS)
     start = max(0, context - 1 - PAGE_TOKENS)
     page_count = -(-start // PAGE_TOKENS)
@@ -117,69 +118,31 @@ def big_case(fmt: PageFormat, batch: int, context: int, heads: int, group: int, 
     firsts = table[..., 0].flatten().long()
     pages[firsts] = encoded[:, 0][torch.randint(8, (len(firsts),), device="cuda")]
 
-    ring_pages = seed.ring_pages
+    ring_pages = seed.cache.ring_pages
     ring = torch.empty(sets * batch * ring_pages, heads, fmt.page_bytes, dtype=torch.uint8, device="cuda")
     view = reference.ring_view(ring, fmt, dtype)
     view.copy_(torch.randn(view.shape, device="cuda", dtype=dtype))
     ring_table = torch.randperm(len(ring), device="cuda").int().view(sets, batch, ring_pages)
     query = torch.randn(batch, heads * group, fmt.head_dim, device="cuda").to(dtype)
     key, value = (torch.randn(batch, heads, fmt.head_dim, device="cuda").to(dtype) for _ in range(2))
-    common = replace(
-        seed,
-        query=query,
-        key=key,
-        value=value,
-        pages=pages,
-        ring=ring,
+    cache = replace(seed.cache, pages=pages, ring=ring)
+    step = Step(
         query_start_loc=torch.arange(batch + 1, dtype=torch.int32, device="cuda"),
         seq_lens=torch.full((batch,), context, dtype=torch.int32, device="cuda"),
+        page_table=table[0],
+        ring_table=ring_table[0],
         ring_start=torch.full((batch,), start, dtype=torch.int32, device="cuda"),
         max_query_len=1,
+        tables_settled=True,  # as in vLLM: nothing that ran before has just written tables or lengths
     )
-    return [replace(common, block_table=table[i], ring_table=ring_table[i]) for i in range(sets)], nbytes
+    steps = [replace(step, page_table=table[i], ring_table=ring_table[i]) for i in range(sets)]
+    return [Case(step, cache, query, key, value) for step in steps], nbytes
 
 
 def attention_launch(ops, case: Case, **options):
-    """As vLLM launches it: nothing that ran before has just written tables or lengths."""
+    """A function that launches the attention of ``ops``."""
     out = torch.empty_like(case.query)
-    if ops is cuda:
-        options |= {"max_query_len": case.max_query_len, "tables_ready": True}
-    return lambda: ops.attention(
-        out, case.query, case.key, case.value, *case.cache, case.ring_start, case.ring_pages, case.scale, case.fmt,
-        **options,
-    )  # fmt: skip
-
-
-def time_prefill(
-    fmt: PageFormat, heads: int, group: int, chunk: int = 8192, context: int = 32768
-) -> tuple[float, float]:
-    """Attention of the last chunk of a prefill: INT2 history and our time, FlashAttention-3's over bf16 blocks.
-
-    Launched one by one, as vLLM does in a prefill: the launches are short beside the work.
-    """
-    from vllm_oscar.ops import dense_prefill
-
-    case = make_case(fmt, [(context - chunk, chunk)], kv_heads=heads, group=group, dtype=torch.bfloat16)
-    out = torch.empty_like(case.query)
-    item = dense_prefill.Prefill(0, 0, chunk, context - chunk)
-
-    def ours() -> None:
-        dense_prefill.attention(
-            out, case.query, case.key, case.value, *case.cache, case.ring_start, case.ring_pages, case.scale, fmt,
-            [item],
-        )  # fmt: skip
-
-    launches, _ = baselines.flash_attention_3(1, context, heads, group, fmt.head_dim, 0, 0, tokens=chunk)
-    times = ([], [])
-    for _ in range(12):
-        for launch, found in zip((ours, launches[0]), times):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            launch()
-            end.record()
-            end.synchronize()
-            found.append(begin.elapsed_time(end) * 1e3)
-    return sorted(times[0])[6], sorted(times[1])[6]
+    return lambda: ops.attention(case.step, case.cache, case.query, case.key, case.value, out, **options)
 
 
 def flash_us(*shape: int) -> tuple[float, int]:
@@ -264,16 +227,24 @@ def time_store(fmt: PageFormat, dtype) -> list[dict]:
         ("store, 8192 tokens", [(0, 8192)]),
     ):
         case = make_case(fmt, requests, kv_heads=8, group=1, dtype=dtype)
-        *cache, lens = case.cache
-        args = (case.key, case.value, *cache, lens, case.ring_pages, fmt)
-        us = time_us([lambda a=args, m=case.max_query_len: cuda.store_pages(*a, max_query_len=m)], 20)
-        rows.append({"kernel": name, "us": us})
+        arguments = (case.step, case.cache, case.key, case.value)
+        rows.append({"kernel": name, "us": time_us([lambda a=arguments: cuda.store_pages(*a)], 20)})
         if name == "store, none full":
-            _, ring, _, ring_table, starts, lens = case.cache
-            args = (case.key, case.value, ring, ring_table, starts, lens, case.ring_pages, fmt)
-            us = time_us([lambda a=args: cuda.write_ring(*a, max_query_len=1)], 20)
+            us = time_us([lambda a=arguments: cuda.write_ring(*a)], 20)
             rows.append({"kernel": "write ring, 64 tokens", "us": us})
     return rows
+
+
+def stamp(commit: str | None) -> dict:
+    """What every record of a run begins with; ``commit`` where there is no git to ask."""
+    if not commit:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {
+        "device": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+    }
 
 
 class Results:
@@ -321,21 +292,11 @@ def main() -> None:
     parser.add_argument("--turboquant", action="store_true", help="time vLLM's turboquant_3bit_nc kernel too")
     parser.add_argument("--triton", action="store_true", help="check and time the Triton kernels too")
     parser.add_argument("--store", action="store_true", help="time store_pages and write_ring too")
-    parser.add_argument("--prefill", action="store_true", help="time the last 8k chunk of a 32k prefill too")
     parser.add_argument("--commit", help="recorded; default: ask git")
     parser.add_argument("--output", type=Path, help="JSON")
     parser.add_argument("--plot", type=Path, help="PNG")
     options = parser.parse_args()
 
-    commit = options.commit
-    if not commit:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    stamp = {
-        "device": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
-        "date": datetime.date.today().isoformat(),
-        "commit": commit,
-    }
     default_library = cuda.LIBRARY
     backends = {"cuda": cuda}
     if options.triton and triton_ops():
@@ -343,7 +304,7 @@ def main() -> None:
     wrong = check(backends, options.presets, ERROR_LIMIT)
     peak = read_bandwidth()
     print(f"read bandwidth {peak / 1e12:.2f} TB/s", flush=True)
-    results = Results(stamp, peak, options.output)
+    results = Results(stamp(options.commit), peak, options.output)
     cases = [tuple(map(int, case.split("x"))) for case in options.cases] if options.cases else CASES
     for model in options.models:
         heads, group, dim = MODELS[model]
@@ -386,7 +347,8 @@ def main() -> None:
                     if ops is cuda and path != cuda.LIBRARY:
                         cuda.LIBRARY = path
                         cuda._library.cache_clear()
-                        cuda._workspace_bytes.cache_clear()
+                        for case in steps:  # how the other library was launched
+                            case.step.native.clear()
                     try:
                         if expected is not None:
                             error = relative_error(steps[0].attention(ops, **extra), expected)
@@ -400,14 +362,6 @@ def main() -> None:
                     results.add_attention(us, nbytes, best, kernel=name, preset=preset, **shape)
                 del steps, expected
                 torch.cuda.empty_cache()
-    if options.prefill:
-        for model in options.models:
-            heads, group, dim = MODELS[model]
-            for preset in options.presets:
-                us, flash = time_prefill(PageFormat.preset(preset, dim), heads, group)
-                shape = {"model": model, "batch": 1, "context": 32768}
-                results.add(kernel="prefill, 8192 tokens, flash-attention-3 bf16", **shape, us=flash)
-                results.add(kernel="prefill, 8192 tokens", preset=preset, **shape, us=us, ratio_to_best_bf16=flash / us)
     if options.store:
         for preset in options.presets:
             for row in time_store(PageFormat.preset(preset, 128), torch.bfloat16):

@@ -74,21 +74,20 @@ def _logprobs(llm, prompts, max_tokens: int):
 
 def job_check(llm) -> dict:
     """Greedy continuations of block-edge lengths, twice (prefix hits), and recall."""
-    from examples import demo
+    from vllm_oscar.tools.recall import FACTS, long_prompt, question
 
-    tokenizer = llm.get_tokenizer()
-    ids = tokenizer(demo.long_prompt(380), add_special_tokens=False).input_ids
+    tokenizer, prompt = llm.get_tokenizer(), long_prompt(380)
+    ids = tokenizer(prompt, add_special_tokens=False).input_ids
     lengths = (1, 5, 127, 128, 129, 300, 640, 2000)
     prompts = [{"prompt_token_ids": [0, *ids[: n - 1]]} for n in lengths]
     rounds = [_logprobs(llm, prompts, 24) for _ in range(2)]
     questions = [
-        {"prompt_token_ids": tokenizer(f"<|bos|>{demo.long_prompt(380)}\nThe code of {name} is",
-                                       add_special_tokens=False).input_ids}
-        for name in demo.FACTS
-    ]  # fmt: skip
+        {"prompt_token_ids": tokenizer("<|bos|>" + question(prompt, name), add_special_tokens=False).input_ids}
+        for name in FACTS
+    ]
     answers = [answer["text"].strip()[:7] for answer in _logprobs(llm, questions, 9)]
-    right = sum(answer == code for answer, code in zip(answers, demo.FACTS.values()))
-    return {"rounds": rounds, "recalled": right, "facts": len(demo.FACTS)}
+    right = sum(answer == code for answer, code in zip(answers, FACTS.values()))
+    return {"rounds": rounds, "recalled": right, "facts": len(FACTS)}
 
 
 def job_speed(llm, context: int, prefill: int, length: int, requests: int, output: int) -> dict:
@@ -207,12 +206,37 @@ def worst_difference(a: dict, b: dict) -> float:
     return worst
 
 
+def stamp() -> dict:
+    """What a record needs to be believed: device, versions, commit and date."""
+    import torch
+    import vllm
+
+    commit = os.environ.get("OSCAR_COMMIT") or subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "vllm": vllm.__version__,
+        "commit": commit,
+        "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def write_json(path: Path, content) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
 @app.command()
 def check(
     model: Annotated[Path, typer.Option()] = ROOT / "examples" / "demo_model",
     timeout: Annotated[float, typer.Option(help="Seconds per engine.")] = 150,
     jobs: Annotated[int, typer.Option(help="Engines that run at a time.")] = 1,
     ranks: Annotated[int, typer.Option(help="Tensor-parallel ranks of two further runs.")] = 1,
+    kernels: Annotated[str, typer.Option(help="VLLM_OSCAR_KERNELS of the INT2 runs; empty: the best.")] = "",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where the record goes.")] = None,
 ) -> None:
     """Correctness through vLLM on this GPU; fails if a run fails or a fact does not come back."""
     common = dict(model=str(model), max_model_len=4096, kv_cache_memory_bytes=1 << 30, max_num_seqs=16,
@@ -223,12 +247,15 @@ def check(
         "auto": dict(enforce_eager=True),
         "oscar lossless": dict(oscar, environment={"VLLM_OSCAR_CODEC": "lossless"}, enforce_eager=True),
         "oscar eager": dict(oscar, enforce_eager=True),
-        "oscar graphs": oscar,
+        "oscar graphs": dict(oscar),
         "oscar V1 runner, piecewise graphs": dict(
             oscar, environment={"VLLM_USE_V2_MODEL_RUNNER": "0"}, compilation_config={"cudagraph_mode": "PIECEWISE"}
         ),
         "oscar n-gram drafts": dict(oscar, speculative_config=drafts, enforce_eager=True),
     }
+    for name, options in runs.items():
+        if kernels and name not in ("auto", "oscar lossless"):
+            options["environment"] = {"VLLM_OSCAR_KERNELS": kernels, **options.get("environment", {})}
     if ranks > 1:
         runs |= {f"{name}, {ranks} ranks": dict(runs[name], tensor_parallel_size=ranks)
                  for name in ("oscar lossless", "oscar graphs")}  # fmt: skip
@@ -236,16 +263,22 @@ def check(
         futures = [pool.submit(engine, "check", {}, timeout, **common, **options) for options in runs.values()]
         results = {name: future.result() for name, future in zip(runs, futures)}
     table = Table("run", "recalled", "worst logprob difference to auto", "tokens in cache", "start s")
+    record = {**stamp(), "kernels": kernels or "best", "runs": {}}
     for name, result in results.items():
         if result is None:
             table.add_row(name, "failed", "", "", "")
+            record["runs"][name] = {"failed": True}
             continue
         difference = worst_difference(results["auto"], result) if results["auto"] else float("nan")
         table.add_row(
             name, f"{result['recalled']}/{result['facts']}", f"{difference:.4f}",
             f"{result['kv_tokens']:,}", f"{result['start_s']:.0f}",
         )  # fmt: skip
+        kept = {key: result[key] for key in ("recalled", "facts", "kv_tokens", "start_s")}
+        record["runs"][name] = {**kept, "worst_logprob_difference_to_auto": difference}
     console.print(table)
+    if json_file:
+        write_json(json_file, record)
     if not all(result and result["recalled"] == result["facts"] for result in results.values()):
         raise typer.Exit(1)
 
@@ -265,13 +298,10 @@ def speed(
     one_process: Annotated[bool, typer.Option(help="All engines in this process: faster, less separate.")] = False,
 ) -> None:
     """Prefill, decode step and throughput at equal KV memory, beside auto and fp8."""
-    import torch
-
     table = Table("dtype", "tokens in cache", "prefill s", "step ms", "output tokens/s", "start s")
     records = []
     sizes = {"context": context, "prefill": prefill, "length": length, "requests": requests, "output": output}
-    stamp = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
-             "layers": layers, "kv_gib": memory, **sizes}  # fmt: skip
+    common = {**stamp(), "layers": layers, "kv_gib": memory, **sizes}
     with tempfile.TemporaryDirectory() as model:
         (Path(model) / "config.json").write_text(json.dumps({**QWEN3_8B, "num_hidden_layers": layers}))
         for dtype in dtypes.split(","):
@@ -282,11 +312,10 @@ def speed(
                 max_num_seqs=requests, max_num_batched_tokens=8192, gpu_memory_utilization=0.6,
                 compilation_config={"cudagraph_capture_sizes": [1, 8, 16, 24, 32, 48, 64]},
             )  # fmt: skip
-            records.append({"dtype": dtype, **stamp, **(result or {"failed": True})})
+            records.append({"dtype": dtype, **common, **(result or {"failed": True})})
             print(json.dumps(records[-1]), flush=True)
             if json_file:  # after every engine: a run that is cut short keeps its numbers
-                json_file.parent.mkdir(parents=True, exist_ok=True)
-                json_file.write_text(json.dumps(records, indent=1) + "\n")
+                write_json(json_file, records)
             if result:
                 table.add_row(
                     dtype, f"{result['kv_tokens']:,}", f"{result['prefill_s']:.2f}", f"{result['step_ms']:.2f}",

@@ -11,8 +11,6 @@ Exits with 1 if a recalled fact is wrong.
 
 from __future__ import annotations
 
-import argparse
-import inspect
 import os
 import re
 import socket
@@ -31,16 +29,11 @@ from rich.panel import Panel
 from rich.table import Table
 
 from vllm_oscar.tools import plan as planner
+from vllm_oscar.tools.recall import FACTS, long_prompt, question
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 CONTEXT = 4096
 MEMORY = 256 * 2**20
-FACTS = {
-    "calm-otter-17": "8302914",
-    "brave-lamp-42": "5519073",
-    "quick-river-88": "2746610",
-    "tiny-hawk-35": "9913487",
-}
 console = Console()
 
 
@@ -92,20 +85,6 @@ def reported_tokens(url: str) -> int:
     return int(re.search(r'vllm:cache_config_info\{.*kv_cache_size_tokens="(\d+)"', metrics).group(1))
 
 
-def long_prompt(words: int) -> str:
-    """Real source code with the facts spread over its first half."""
-    text = inspect.getsource(argparse).split("\n")
-    body, step = [], words // (2 * len(FACTS))
-    for index, line in enumerate(text):
-        if index % step == 0 and index // step < len(FACTS):
-            name = list(FACTS)[index // step]
-            body.append(f"\nRemember: the code of {name} is {FACTS[name]}.\n")
-        body.append(line)
-        if index >= words:
-            break
-    return "\n".join(body)
-
-
 def ask_recall(client: openai.OpenAI) -> bool:
     """Several thousand tokens, then one question per fact; True if all answers are right."""
     prompt = long_prompt(400)
@@ -114,8 +93,9 @@ def ask_recall(client: openai.OpenAI) -> bool:
         table.add_column(header)
     right = True
     for name, code in FACTS.items():
-        question = f"{prompt}\nThe code of {name} is"
-        reply = client.completions.create(model="demo", prompt=question, max_tokens=9, temperature=0)
+        reply = client.completions.create(
+            model="demo", prompt=question(prompt, name), max_tokens=9, temperature=0
+        )
         answer = re.match(r"\s*(\d*)", reply.choices[0].text).group(1)
         right &= answer == code
         mark = "[green]right[/]" if answer == code else "[red]wrong[/]"

@@ -129,7 +129,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm_oscar.core.config import PRESETS
-from vllm_oscar.engine.tail import OscarTailManager, OscarTailSpec
+from vllm_oscar.engine.scheduler import OscarTailManager, OscarTailSpec
 for preset in PRESETS:
     assert CacheConfig(cache_dtype=preset).cache_dtype == preset
     layer = AttentionSelectorConfig(head_size=128, dtype=torch.bfloat16, kv_cache_dtype=preset, block_size=128)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from vllm_oscar.core.config import PRESETS
 from vllm_oscar.core.format import PageFormat
-from vllm_oscar.ops import reference
+from vllm_oscar.ops import cpu, reference
 from vllm_oscar.tools import doctor as diagnosis
 from vllm_oscar.tools import plan as planner
 from vllm_oscar.tools import verify as verification
@@ -89,6 +89,7 @@ def test_plan_refuses_what_serving_refuses(model, change):
 @pytest.mark.parametrize("variable", ["VLLM_OSCAR_KERNELS", "OSCAR_CPU_ISA"])
 def test_verify_refuses_unknown_switches_in_one_sentence(monkeypatch, variable):
     monkeypatch.setenv(variable, "x")
+    cpu.isa.cache_clear()
     result = runner.invoke(app, ["verify"])
     assert result.exit_code == 1 and variable in result.output and isinstance(result.exception, SystemExit)
 
@@ -158,7 +159,7 @@ def test_verify_finds_a_wrong_kernel(monkeypatch):
         attention=reference.attention,
         write_ring=lambda *args: None,
     )
-    monkeypatch.setattr(verification.ops, "select", lambda device, fmt: broken)
+    monkeypatch.setattr(verification.select, "select", lambda device, fmt: broken)
     result = next(iter(verification.verify("cpu", seed=0)))
     assert result.head_dim == fmt.head_dim and not result.passed
 

@@ -10,15 +10,18 @@ from __future__ import annotations
 import os
 import random
 import zlib
+from dataclasses import replace
 
 import pytest
 import torch
 
+from benchmarks.kernel_cases import Case
 from vllm_oscar.core import format, reference
 from vllm_oscar.core.config import PAGE_TOKENS, PRESETS, SUPPORTED_HEAD_DIMS, NormScope
 from vllm_oscar.core.format import PageFormat
 from vllm_oscar.ops import cpu
-from vllm_oscar.ops import reference as ops
+from vllm_oscar.ops import reference as reference_ops
+from vllm_oscar.ops.step import Cache, Limits, Step
 
 pytestmark = pytest.mark.skipif(not cpu.available()[0], reason=cpu.available()[1])
 
@@ -41,10 +44,16 @@ def seeded(request):
 @pytest.fixture
 def on_isa(monkeypatch):
     """``on_isa(name)`` selects an instruction set for the calls that follow."""
-    return lambda name: monkeypatch.setenv("OSCAR_CPU_ISA", name)
+
+    def select(name: str) -> None:
+        monkeypatch.setenv("OSCAR_CPU_ISA", name)
+        cpu.isa.cache_clear()
+
+    yield select
+    cpu.isa.cache_clear()
 
 
-class Step:
+class PoisonedCase(Case):
     """One step over a poisoned cache: history stored by the reference, new tokens random.
 
     ``requests``: (context, query_len, ring_start) each; ring_start None picks what the
@@ -52,41 +61,38 @@ class Step:
     """
 
     def __init__(self, requests, fmt: PageFormat, heads: int, group: int, dtype, *, lookahead: int = 0):
-        self.fmt, self.dtype, self.heads, self.requests = fmt, dtype, heads, requests
-        dim, self.scale = fmt.head_dim, fmt.head_dim**-0.5
-        self.ring_pages = fmt.ring_pages(dtype.itemsize, lookahead)
-        capacity = self.ring_pages * fmt.ring_tokens_per_page(dtype.itemsize)
+        self.requests, self.dtype, dim = requests, dtype, fmt.head_dim
+        ring_pages = fmt.ring_pages(dtype.itemsize, lookahead)
+        capacity = ring_pages * fmt.ring_tokens_per_page(dtype.itemsize)
         lens = [context + new for context, new, _ in requests]
         width = max(-(-n // PAGE_TOKENS) for n in lens) + 2
         blocks = sum(-(-n // PAGE_TOKENS) for n in lens) + 3
-        self.pages = torch.full((blocks, heads, fmt.page_bytes), 0xFF, dtype=torch.uint8)
+        pages = torch.full((blocks, heads, fmt.page_bytes), 0xFF, dtype=torch.uint8)
         # Heads of the ring are strided, as a slice of a larger pool would be.
-        rows = len(requests) * self.ring_pages + 2
-        self.ring = torch.full((rows, 2 * heads, fmt.page_bytes), 0xFF, dtype=torch.uint8)[:, ::2]
+        rows = len(requests) * ring_pages + 2
+        ring = torch.full((rows, 2 * heads, fmt.page_bytes), 0xFF, dtype=torch.uint8)[:, ::2]
         free, ring_free = torch.randperm(blocks).tolist(), torch.randperm(rows).tolist()
-        self.block_table = torch.full((len(requests), width), 2**30, dtype=torch.int32)
-        self.ring_table = torch.full((len(requests), self.ring_pages + 1), -(2**30), dtype=torch.int32)
-        self.seq_lens = torch.tensor(lens, dtype=torch.int32)
-        self.query_start_loc = torch.tensor([0, *[new for _, new, _ in requests]]).cumsum(0).int()
+        page_table = torch.full((len(requests), width), 2**30, dtype=torch.int32)
+        ring_table = torch.full((len(requests), ring_pages + 1), -(2**30), dtype=torch.int32)
         tokens = sum(new for _, new, _ in requests)
-        # Query, key and value are slices of one projection, as in vLLM.
+        # Query, key and value are slices of one projection, as in vLLM, and padding follows them.
         qkv = torch.randn(tokens + 1, heads * (group + 2), dim).to(dtype)
-        self.query, self.key, self.value = qkv.split([heads * group, heads, heads], dim=1)
-        qkv[-1] = float("nan")  # padding of the batch
+        qkv[-1] = float("nan")
+        query, key, value = qkv[:-1].split([heads * group, heads, heads], dim=1)
         spread = torch.linspace(0.2, 3.0, dim)
-        self.key.mul_(spread.to(dtype))
-        starts, self.history = [], []
-        view = reference.ring_view(self.ring, fmt, dtype)
+        key.mul_(spread.to(dtype))
+        starts = []
+        view = reference.ring_view(ring, fmt, dtype)
         for row, (context, new, start) in enumerate(requests):
             need = -(-(context + new) // PAGE_TOKENS)
-            self.block_table[row, :need] = torch.tensor([free.pop() for _ in range(need)])
-            self.ring_table[row, : self.ring_pages] = torch.tensor([ring_free.pop() for _ in range(self.ring_pages)])
+            page_table[row, :need] = torch.tensor([free.pop() for _ in range(need)])
+            ring_table[row, :ring_pages] = torch.tensor([ring_free.pop() for _ in range(ring_pages)])
             old_key = (torch.randn(context, heads, dim) * spread).to(dtype)
             old_value = (torch.randn(context, heads, dim) + 0.3).to(dtype)
             full = context // PAGE_TOKENS
             if full:
                 index = torch.arange(full)
-                self.pages[self.block_table[row, :full].long()] = reference.encode_pages(
+                pages[page_table[row, :full].long()] = reference.encode_pages(
                     old_key[: full * PAGE_TOKENS].unflatten(0, (full, PAGE_TOKENS)),
                     old_value[: full * PAGE_TOKENS].unflatten(0, (full, PAGE_TOKENS)),
                     fmt,
@@ -97,87 +103,43 @@ class Step:
                 start = max(min(full * PAGE_TOKENS, max(context - PAGE_TOKENS, 0)), lowest)
             starts.append(start)
             held = torch.arange(min(start, full * PAGE_TOKENS), context)
-            page, offset = reference.ring_slots(
-                self.ring_table[row].expand(len(held), -1), held, view.shape[2], self.ring_pages
-            )
+            page, offset = reference.ring_slots(ring_table[row].expand(len(held), -1), held, view.shape[2], ring_pages)
             view[page, :, offset] = torch.stack([old_key[held], old_value[held]], 2)
-        self.ring_start = torch.tensor(starts, dtype=torch.int32)
-
-    def attend(self, backend) -> torch.Tensor:
-        out = torch.full_like(self.query[: self.query_start_loc[-1]], 7.0)
-        rows = slice(int(self.query_start_loc[-1]))
-        backend.attention(
-            out,
-            self.query[rows],
-            self.key[rows],
-            self.value[rows],
-            self.pages,
-            self.ring,
-            self.block_table,
-            self.ring_table,
-            self.query_start_loc,
-            self.seq_lens,
-            self.ring_start,
-            self.ring_pages,
-            self.scale,
-            self.fmt,
+        step = Step(
+            query_start_loc=torch.tensor([0, *[new for _, new, _ in requests]]).cumsum(0).int(),
+            seq_lens=torch.tensor(lens, dtype=torch.int32),
+            page_table=page_table,
+            ring_table=ring_table,
+            ring_start=torch.tensor(starts, dtype=torch.int32),
+            max_query_len=max(new for _, new, _ in requests),
         )
-        return out
-
-    def store(self, backend) -> torch.Tensor:
-        pages = self.pages.clone()
-        backend.store_pages(
-            self.key,
-            self.value,
-            pages,
-            self.ring,
-            self.block_table,
-            self.ring_table,
-            self.query_start_loc,
-            self.seq_lens,
-            self.ring_pages,
-            self.fmt,
-        )
-        return pages
-
-    def keep(self, backend) -> torch.Tensor:
-        ring = self.ring.clone()
-        backend.write_ring(
-            self.key,
-            self.value,
-            ring,
-            self.ring_table,
-            self.query_start_loc,
-            self.seq_lens,
-            self.ring_pages,
-            self.fmt,
-        )
-        return ring
+        super().__init__(step, Cache(pages, ring, ring_pages, fmt, dim**-0.5), query, key, value)
 
     def poison(self, byte: int) -> None:
         """Overwrite whatever this step must not read."""
-        fmt, view = self.fmt, reference.ring_view(self.ring, self.fmt, self.dtype)
-        free_pages = torch.ones(len(self.pages), dtype=torch.bool)
+        fmt, step, pages = self.fmt, self.step, self.cache.pages
+        view = reference.ring_view(self.cache.ring, fmt, self.dtype)
+        free_pages = torch.ones(len(pages), dtype=torch.bool)
         free_slots = torch.ones(view.shape[0], view.shape[2], dtype=torch.bool)
-        for row, ((context, new, _), start) in enumerate(zip(self.requests, self.ring_start.tolist())):
+        for row, ((context, new, _), start) in enumerate(zip(self.requests, step.ring_start.tolist())):
             if not new:
                 continue
             count = -(-start // PAGE_TOKENS)
-            blocks = self.block_table[row, :count].long()
+            blocks = step.page_table[row, :count].long()
             free_pages[blocks] = False
             held = torch.arange(start, context)
-            table = self.ring_table[row].expand(len(held), -1)
-            free_slots[reference.ring_slots(table, held, view.shape[2], self.ring_pages)] = False
+            table = step.ring_table[row].expand(len(held), -1)
+            free_slots[reference.ring_slots(table, held, view.shape[2], self.cache.ring_pages)] = False
             masked = torch.arange(PAGE_TOKENS) >= start - (count - 1) * PAGE_TOKENS
             if count and masked.any():  # parameters of the tokens that the ring replaces
-                page = self.pages[blocks[-1]]
+                page = pages[blocks[-1]]
                 names = ["v_scale", "v_zero"] + ["norms"] * (fmt.config.norm is not NormScope.NONE)
                 for name in names:
                     groups = 1 if name == "norms" else fmt.value_groups
                     order = format.norm_order() if name == "norms" else format.value_param_order(groups, name)
                     halves = page[:, fmt.sections[name].slice].view(torch.int16)
                     halves[:, masked[order // groups]] = -1 if byte == 0xFF else byte
-        self.pages[free_pages] = byte
+        pages[free_pages] = byte
         raw = view.view(torch.int16 if self.dtype.itemsize == 2 else torch.int32)
         raw.transpose(1, 2)[free_slots] = -1 if byte == 0xFF else byte
 
@@ -206,13 +168,13 @@ MIXED = [
 
 def check_attention(preset: str, dim: int, dtype, heads: int, group: int, requests, on_isa) -> None:
     print(preset, dim, dtype, heads, group, requests)
-    step = Step(requests, PageFormat.preset(preset, dim), heads, group, dtype)
-    step.poison(0xFF)
-    expected = step.attend(ops)
+    case = PoisonedCase(requests, PageFormat.preset(preset, dim), heads, group, dtype)
+    case.poison(0xFF)
+    expected = case.attention(reference_ops)
     for isa in ISAS:
         on_isa(isa)
         print(isa)
-        assert_close(step.attend(cpu), expected, dtype)
+        assert_close(case.attention(cpu), expected, dtype)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -243,7 +205,7 @@ def test_attention_on_random_batches(on_isa):
 
 def test_bits_do_not_depend_on_the_number_of_threads(on_isa):
     # Several splits of the pages, several row tiles, several heads.
-    step = Step(
+    case = PoisonedCase(
         [(4500, 1, None), (2600, 5, None), (700, 150, None), (100, 60, None)],
         PageFormat.preset("oscar", 64),
         2,
@@ -254,8 +216,8 @@ def test_bits_do_not_depend_on_the_number_of_threads(on_isa):
     try:
         for threads in (1, 2, 3, 4):
             torch.set_num_threads(threads)
-            outputs.append(step.attend(cpu))
-            pages.append(step.store(cpu))
+            outputs.append(case.attention(cpu))
+            pages.append(case.store(cpu))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(x, outputs[0]) for x in outputs)
@@ -265,17 +227,17 @@ def test_bits_do_not_depend_on_the_number_of_threads(on_isa):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_unused_memory_does_not_reach_outputs(preset, on_isa):
     dim, name = random.choice(SUPPORTED_HEAD_DIMS), random.choice(list(DTYPES))
-    step = Step(MIXED, PageFormat.preset(preset, dim), 2, 3, DTYPES[name])
-    step.poison(0x00)
+    case = PoisonedCase(MIXED, PageFormat.preset(preset, dim), 2, 3, DTYPES[name])
+    case.poison(0x00)
     clean = {}
     for isa in ISAS:
         on_isa(isa)
-        clean[isa] = step.attend(cpu)
+        clean[isa] = case.attention(cpu)
     for byte in (0xFF, 0x7C, 0x7F):  # NaN in every type, then huge numbers
-        step.poison(byte)
+        case.poison(byte)
         for isa in ISAS:
             on_isa(isa)
-            assert torch.equal(step.attend(cpu), clean[isa])
+            assert torch.equal(case.attention(cpu), clean[isa])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -284,18 +246,18 @@ def test_one_request_cannot_spoil_another(bad, on_isa):
     requests = [(300, 2, None), (130, 126, None), (200, 9, None), (257, 1, None)]
     for isa in ISAS:
         on_isa(isa)
-        step = Step(requests, fmt, 2, 2, torch.bfloat16)
-        good, good_pages = step.attend(cpu), step.store(cpu)
-        begin, end = step.query_start_loc[1:3].tolist()
-        for tensor in (step.query, step.key, step.value):
+        case = PoisonedCase(requests, fmt, 2, 2, torch.bfloat16)
+        good, good_pages = case.attention(cpu), case.store(cpu)
+        begin, end = case.step.query_start_loc[1:3].tolist()
+        for tensor in (case.query, case.key, case.value):
             tensor[begin:end] = bad
-        step.pages[step.block_table[1, :1].long()] = 0xFF
-        out, pages = step.attend(cpu), step.store(cpu)
+        case.cache.pages[case.step.page_table[1, :1].long()] = 0xFF
+        out, pages = case.attention(cpu), case.store(cpu)
         others = torch.ones(len(out), dtype=torch.bool)
         others[begin:end] = False
         assert torch.equal(out[others], good[others])
         mine = torch.zeros(len(pages), dtype=torch.bool)
-        mine[step.block_table[1, :2].long()] = True
+        mine[case.step.page_table[1, :2].long()] = True
         assert torch.equal(pages[~mine], good_pages[~mine])
 
 
@@ -313,17 +275,17 @@ def page_codes(pages: torch.Tensor, fmt: PageFormat) -> tuple[torch.Tensor, torc
 def test_stored_pages_match_the_reference(preset, dim, on_isa):
     dtype = random.choice(list(DTYPES.values()))
     fmt = PageFormat.preset(preset, dim)
-    step = Step([(0, 300, 0), (200, 57, None), (127, 1, 0), (100, 3, 0), (0, 0, 0)], fmt, 2, 1, dtype)
-    expected = step.store(ops)
-    touched = (expected != step.pages).flatten(1).any(1)
+    case = PoisonedCase([(0, 300, 0), (200, 57, None), (127, 1, 0), (100, 3, 0), (0, 0, 0)], fmt, 2, 1, dtype)
+    expected = case.store(reference_ops)
+    touched = (expected != case.cache.pages).flatten(1).any(1)
     assert touched.sum() == 4
-    starts = {int(step.block_table[row, 0]) for row in range(len(step.requests))}
+    starts = {int(case.step.page_table[row, 0]) for row in range(len(case.requests))}
     first = torch.tensor([int(block) in starts for block in touched.nonzero()])
     expected_values = reference.decode_pages_rotated(expected[touched], fmt, first)
     for isa in ISAS:
         on_isa(isa)
-        pages = step.store(cpu)
-        assert torch.equal(pages[~touched], step.pages[~touched])
+        pages = case.store(cpu)
+        assert torch.equal(pages[~touched], case.cache.pages[~touched])
         got, want = pages[touched], expected[touched]
         # Sums in another order put what is on a rounding tie on the other side: a few parameters
         # by one unit, a few codes by one step. Nothing else may differ.
@@ -350,24 +312,46 @@ def test_stored_pages_match_the_reference(preset, dim, on_isa):
 @pytest.mark.parametrize("name", DTYPES)
 def test_ring_is_written_exactly(name, on_isa):
     fmt = PageFormat.preset("oscar", random.choice(SUPPORTED_HEAD_DIMS))
-    step = Step([(0, 700, 0), (500, 1, None), (140, 17, None), (0, 0, 0), (3, 40, 0)], fmt, 2, 2, DTYPES[name])
-    assert torch.equal(step.keep(cpu), step.keep(ops))
+    case = PoisonedCase([(0, 700, 0), (500, 1, None), (140, 17, None), (0, 0, 0), (3, 40, 0)], fmt, 2, 2, DTYPES[name])
+    assert torch.equal(case.write_ring(cpu), case.write_ring(reference_ops))
 
 
-def test_wrong_arguments_are_refused():
-    step = Step([(130, 2, None)], PageFormat.preset("oscar", 64), 2, 2, torch.float32)
-    good = dict(step.__dict__)
-    for name, value in {
-        "query": step.query[:, :3],
-        "key": step.key.double(),
-        "value": step.value.half(),
-        "pages": step.pages[:, :, 1:],
-        "block_table": step.block_table.long(),
-        "ring_table": step.ring_table[:, :1],
-        "seq_lens": step.seq_lens.long(),
-        "ring_start": step.ring_start[:0],
-        "query_start_loc": step.query_start_loc[:1].repeat(2).long(),
-    }.items():
-        step.__dict__.update(good | {name: value})
-        with pytest.raises(ValueError, match="."):
-            step.attend(cpu)
+# What is wrong with which argument, and what the refusal names.
+WRONG = {
+    "query heads": ("query", lambda x: x[:, :3], "query heads"),
+    "query dtype": ("query", lambda x: x.half(), "query"),
+    "model dtype": ("key", lambda x: x.double(), "float64"),
+    "value dtype": ("value", lambda x: x.half(), "value"),
+    "value rows": ("value", lambda x: x[:1], "value"),
+    "value stride": ("value", lambda x: x.mT.contiguous().mT, "value"),
+    "page bytes": ("cache.pages", lambda x: x[:, :, 1:], "pages"),
+    "ring heads": ("cache.ring", lambda x: x[:, :1], "ring"),
+    "page table dtype": ("step.page_table", lambda x: x.long(), "page_table"),
+    "ring table columns": ("step.ring_table", lambda x: x[:, :1], "ring_table"),
+    "lengths dtype": ("step.seq_lens", lambda x: x.long(), "seq_lens"),
+    "ring start rows": ("step.ring_start", lambda x: x[:0], "ring_start"),
+    "query start rows": ("step.query_start_loc", lambda x: x[:1], "query_start_loc"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_are_refused(name):
+    good = PoisonedCase([(130, 2, None)], PageFormat.preset("oscar", 64), 2, 2, torch.float32)
+    field, change, message = WRONG[name]
+    owner, _, field = field.rpartition(".")
+    case = Case(good.step, good.cache, good.query, good.key, good.value)
+    part = getattr(case, owner) if owner else case
+    part = replace(part, **{field: change(getattr(part, field))})
+    case = replace(case, **{owner: part}) if owner else part
+    with pytest.raises(ValueError, match=message):
+        case.attention(cpu)
+    if field != "query":
+        with pytest.raises(ValueError, match=message):
+            case.store(cpu)
+
+
+def test_an_unknown_instruction_set_is_refused_at_start_up(on_isa):
+    on_isa("sse9")
+    limits = Limits(1, 1, 1, 1, 1, torch.float32, torch.device("cpu"))
+    with pytest.raises(ValueError, match="OSCAR_CPU_ISA=sse9"):
+        cpu.reserve(PageFormat.preset("oscar", 64), limits)

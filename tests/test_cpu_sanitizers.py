@@ -27,9 +27,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 CHECK = """
-import ctypes, torch
+import ctypes, os, torch
 from vllm_oscar.core.format import PageFormat
 from vllm_oscar.ops import cpu
+from vllm_oscar.ops.step import Cache, Step
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
@@ -42,27 +43,30 @@ def exact(x):
 
 torch.manual_seed(0)
 for isa in cpu.isas():
-    import os
     os.environ["OSCAR_CPU_ISA"] = isa
+    cpu.isa.cache_clear()
     for preset, dim, dtype in [("oscar", 80, torch.bfloat16), ("oscar_paper", 112, torch.float16),
                                ("oscar_large", 64, torch.float32), ("oscar_small", 192, torch.bfloat16)]:
         fmt = PageFormat.preset(preset, dim)
         ring_pages, heads, group = fmt.ring_pages(dtype.itemsize), 2, 3
         requests = [(130, 1), (0, 140), (250, 30), (0, 0), (128, 7)]
         ints = lambda x: exact(torch.tensor(x, dtype=torch.int32))
-        lens = ints([c + n for c, n in requests])
-        loc = ints([0, 1, 141, 171, 171, 178])
-        table = exact(torch.arange(15, dtype=torch.int32).view(5, 3))
-        ring_table = exact(torch.arange(5 * ring_pages, dtype=torch.int32).view(5, ring_pages))
-        start = ints([128, 0, 128, 0, 100])
+        step = Step(
+            query_start_loc=ints([0, 1, 141, 171, 171, 178]),
+            seq_lens=ints([c + n for c, n in requests]),
+            page_table=exact(torch.arange(15, dtype=torch.int32).view(5, 3)),
+            ring_table=exact(torch.arange(5 * ring_pages, dtype=torch.int32).view(5, ring_pages)),
+            ring_start=ints([128, 0, 128, 0, 100]),
+            max_query_len=140,
+        )
         pages = exact(torch.zeros(15, heads, fmt.page_bytes, dtype=torch.uint8))
         ring = exact(torch.zeros(5 * ring_pages, heads, fmt.page_bytes, dtype=torch.uint8))
+        cache = Cache(pages, ring, ring_pages, fmt, dim**-0.5)
         key, value = (exact(torch.randn(178, heads, dim).to(dtype)) for _ in range(2))
         query, out = (exact(torch.randn(178, heads * group, dim).to(dtype)) for _ in range(2))
-        cpu.store_pages(key, value, pages, ring, table, ring_table, loc, lens, ring_pages, fmt)
-        cpu.attention(out, query, key, value, pages, ring, table, ring_table, loc, lens, start, ring_pages,
-                      dim**-0.5, fmt)
-        cpu.write_ring(key, value, ring, ring_table, loc, lens, ring_pages, fmt)
+        cpu.store_pages(step, cache, key, value)
+        cpu.attention(step, cache, query, key, value, out)
+        cpu.write_ring(step, cache, key, value)
         assert torch.isfinite(out).all()
 print("clean")
 """

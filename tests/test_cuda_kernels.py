@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from vllm_oscar.core.config import PRESETS
 from vllm_oscar.core.format import PageFormat
 from vllm_oscar.ops import cuda
 from vllm_oscar.ops import reference as reference_ops
+from vllm_oscar.ops.step import Limits
 
 usable, reason = cuda.available()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not usable, reason=reason)]
@@ -51,7 +54,8 @@ def test_long_queries_are_split(preset):
     case = make_case(PageFormat.preset(preset, 128), requests, dtype=torch.bfloat16)
     expected = case.exact_attention()
     assert relative_error(case.attention(cuda), expected) < TOLERANCE[torch.bfloat16]
-    assert relative_error(case.attention(cuda, max_query_len=None), expected) < TOLERANCE[torch.bfloat16]
+    case.step = replace(case.step, max_query_len=len(case.query))  # a loose bound
+    assert relative_error(case.attention(cuda), expected) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize("head_dim", cuda.HEAD_DIMS)
@@ -64,8 +68,8 @@ def test_store_and_ring(preset, head_dim, dtype):
     pages, expected = case.store(cuda), case.store(reference_ops)
     different = pages != expected
     assert different.float().mean() < 1e-3  # rounding ties, from another order of summation
-    untouched = (expected == case.pages).all(-1).all(-1)
-    assert torch.equal(pages[untouched], case.pages[untouched])
+    untouched = (expected == case.cache.pages).all(-1).all(-1)
+    assert torch.equal(pages[untouched], case.cache.pages[untouched])
     assert torch.equal(case.write_ring(cuda), case.write_ring(reference_ops))
 
 
@@ -82,6 +86,7 @@ def test_pages_taken_from_other_warps(monkeypatch):
         for _ in range(20):
             assert relative_error(case.attention(cuda, warps=warps), expected) < TOLERANCE[torch.bfloat16]
         monkeypatch.setenv("VLLM_OSCAR_DETERMINISTIC", "1")
+        case.step = replace(case.step)  # another step: the variable is read once for each
         once = case.attention(cuda, warps=warps)
         assert all(torch.equal(once, case.attention(cuda, warps=warps)) for _ in range(20))
         monkeypatch.delenv("VLLM_OSCAR_DETERMINISTIC")
@@ -92,20 +97,16 @@ def test_a_step_in_a_graph(requests):
     """Store, attention and ring, each started while the one before still runs."""
     fmt = PageFormat.preset("oscar", 128)
     case = make_case(fmt, requests, kv_heads=8, dtype=torch.bfloat16, lookahead=1)
-    pages, ring, *tables = case.cache
+    case.step = replace(case.step, tables_settled=True)
+    pages, ring = case.cache.pages, case.cache.ring
     start_pages, start_ring = pages.clone(), ring.clone()
     expected = case.exact_attention(), case.store(reference_ops), case.write_ring(reference_ops)
     out = torch.empty_like(case.query)
-    new = (case.key, case.value)
 
     def step() -> None:
-        cuda.store_pages(*new, *case.cache, case.ring_pages, fmt, max_query_len=1)
-        cuda.attention(
-            out, case.query, *new, *case.cache, case.ring_start, case.ring_pages, case.scale, fmt, max_query_len=1,
-            tables_ready=True,
-        )  # fmt: skip
-        _, ring_table, *lengths = tables
-        cuda.write_ring(*new, ring, ring_table, *lengths, case.ring_pages, fmt, max_query_len=1)
+        cuda.store_pages(case.step, case.cache, case.key, case.value)
+        cuda.attention(case.step, case.cache, case.query, case.key, case.value, out)
+        cuda.write_ring(case.step, case.cache, case.key, case.value)
 
     step()
     graph = torch.cuda.CUDAGraph()
@@ -136,27 +137,59 @@ def test_one_graph_serves_all_lengths():
     out = case.attention(cuda)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        cuda.attention(
-            out, case.query, case.key, case.value, *case.cache, case.ring_start, case.ring_pages, case.scale, fmt,
-            max_query_len=1,
-        )  # fmt: skip
+        cuda.attention(case.step, case.cache, case.query, case.key, case.value, out)
+    step, cache = case.step, case.cache
     for requests in ([(1, 1)] * 4, [(4000, 1), (0, 1), (129, 1), (2000, 1)], [(4000, 1)] * 4):
         new = make_case(fmt, requests, dtype=torch.bfloat16, seed=len(str(requests)))
-        for name in ("query", "key", "value", "seq_lens", "ring_start"):
+        for name in ("query", "key", "value"):
             getattr(case, name).copy_(getattr(new, name))
-        blocks = torch.arange(len(new.pages), device="cuda")
-        case.pages[blocks] = new.pages
-        case.ring.copy_(new.ring)
-        case.block_table.fill_(0)
-        case.block_table[:, : new.block_table.shape[1]] = new.block_table
-        case.ring_table.copy_(new.ring_table)
+        for name in ("seq_lens", "ring_start", "ring_table"):
+            getattr(step, name).copy_(getattr(new.step, name))
+        cache.pages[: len(new.cache.pages)] = new.cache.pages
+        cache.ring.copy_(new.cache.ring)
+        step.page_table.fill_(0)
+        step.page_table[:, : new.step.page_table.shape[1]] = new.step.page_table
         out.fill_(float("nan"))
         graph.replay()
         assert relative_error(out, new.exact_attention()) < TOLERANCE[torch.bfloat16]
 
 
+def test_a_reserved_step_can_be_captured_at_once(monkeypatch):
+    """Without a run before it, whose allocations the graph could not make; and nothing moves afterwards."""
+    monkeypatch.setattr(cuda, "_memories", {})
+    fmt, shape = PageFormat.preset("oscar", 128), {"kv_heads": 2, "group": 4, "dtype": torch.bfloat16}
+    limits = Limits(
+        requests=64,
+        tokens=300,
+        decode_query_len=2,
+        query_heads=8,
+        kv_heads=2,
+        dtype=torch.bfloat16,
+        device=torch.device("cuda"),
+    )
+    cuda.reserve(fmt, limits)
+    workspaces = {device: memory.workspace.data_ptr() for device, memory in cuda._memories.items()}
+    for requests in ([(300, 2)] * 64, [(700, 237)] + [(129, 1)] * 63, [(40, 300)]):
+        case = make_case(fmt, requests, **shape)
+        out = torch.full_like(case.query, float("nan"))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            cuda.attention(case.step, case.cache, case.query, case.key, case.value, out)
+        graph.replay()
+        assert relative_error(out, case.exact_attention()) < TOLERANCE[torch.bfloat16]
+    assert workspaces == {device: memory.workspace.data_ptr() for device, memory in cuda._memories.items()}
+
+
+def test_a_graph_that_needs_more_workspace_is_refused(monkeypatch):
+    monkeypatch.setattr(cuda, "_memories", {})
+    case = make_case(PageFormat.preset("oscar", 128), [(300, 1)] * 4)
+    with pytest.raises(RuntimeError, match="workspace.*reserve"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        case.attention(cuda)
+    assert relative_error(case.attention(cuda), case.exact_attention()) < TOLERANCE[torch.float16]
+
+
 def test_arguments_are_checked():
     case = make_case(PageFormat.preset("oscar", 128), [(200, 1)])
-    case.seq_lens = case.seq_lens.long()
+    case.step = replace(case.step, seq_lens=case.step.seq_lens.long())
     with pytest.raises(ValueError, match="seq_lens"):
         case.attention(cuda)

@@ -7,11 +7,10 @@ memory ordering, not the assembly that tests/cuda_on_cpu replaces.
 
 from __future__ import annotations
 
-import ctypes
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -21,38 +20,51 @@ from vllm_oscar.core.config import PRESETS
 from vllm_oscar.core.format import PageFormat
 from vllm_oscar.ops import cuda
 from vllm_oscar.ops import reference as reference_ops
+from vllm_oscar.ops.step import Limits
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
 
+class Emulated:
+    """``vllm_oscar.ops.cuda`` with the emulated library and a workspace full of NaN before every call."""
+
+    store_pages, write_ring = staticmethod(cuda.store_pages), staticmethod(cuda.write_ring)
+
+    @staticmethod
+    def attention(*args, **options) -> None:
+        for memory in cuda._memories.values():
+            memory.workspace.fill_(POISON)
+        cuda.attention(*args, **options)
+
+    @staticmethod
+    def thefts() -> int:
+        """Pages that warps took from others in the last call."""
+        return cuda._library().emulated_thefts()
+
+
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    """``vllm_oscar.ops.cuda`` with the emulated kernels behind its C ABI."""
+def library(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("emulator") / "kernels.so"
     source = ROOT / "tests" / "cuda_on_cpu"
     command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{source}", f"-I{ROOT / 'csrc' / 'include'}"]
     subprocess.run([*command, str(source / "kernels.cpp"), "-o", str(output)], check=True)
-    library = ctypes.CDLL(str(output))
+    return output
 
-    def call(function: str, args, *rest) -> None:
-        assert getattr(library, function.replace("oscar_", "emulate_"))(ctypes.byref(args), *rest) == 0
 
-    def reserve(fmt, requests, kv_heads, query_heads, max_query_len, device) -> torch.Tensor:
-        chunk = cuda._query_chunk(requests, max_query_len)
-        size = cuda._workspace_bytes.__wrapped__(fmt, requests, kv_heads, query_heads // kv_heads, chunk, 0)
-        return torch.full((size,), POISON, dtype=torch.uint8)
-
-    with (
-        mock.patch.object(cuda, "_call", call),
-        mock.patch.object(cuda, "_stream", lambda device: None),
-        mock.patch.object(cuda, "_operator", lambda name: getattr(cuda, f"_{name}")),
-        mock.patch.object(cuda, "reserve", reserve),
-        mock.patch("torch.cuda.device", lambda device: mock.MagicMock()),
-    ):
-        cuda.thefts = library.emulated_thefts
-        yield cuda
-        del cuda.thefts
+@pytest.fixture
+def emulated(library, monkeypatch):
+    monkeypatch.setattr(cuda, "LIBRARY", library)
+    monkeypatch.setattr(cuda, "BINDING", replace(cuda.BINDING, device_type="cpu"))
+    monkeypatch.setattr(cuda, "_stream", lambda device: None)
+    monkeypatch.setattr(cuda, "_memories", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # what get_device() says of CPU tensors
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    cuda._library.cache_clear()
+    cuda._largest_workspace.cache_clear()
+    yield Emulated
+    cuda._library.cache_clear()
+    cuda._largest_workspace.cache_clear()
 
 
 REQUESTS = [(0, 1), (127, 3), (300, 1), (5, 0), (516, 2), (128, 3)]
@@ -82,9 +94,10 @@ def test_pages_taken_from_other_warps(emulated, preset, monkeypatch):
     assert relative_error(case.attention(emulated, warps=2), expected) < 6e-3
     assert emulated.thefts() >= 10
     monkeypatch.setenv("VLLM_OSCAR_DETERMINISTIC", "1")
+    case.step = replace(case.step)  # another step: the variable is read once for each
     assert relative_error(case.attention(emulated, warps=2), expected) < 6e-3
     assert emulated.thefts() == 0
-    assert not emulated.counters(case.query.device).any(), "the next launch expects zeros"
+    assert not cuda._memories[case.query.device].counters.any(), "the next launch expects zeros"
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -94,3 +107,75 @@ def test_store_and_ring(emulated, preset):
     different = case.store(emulated) != case.store(reference_ops)
     assert different.float().mean() < 1e-3
     assert torch.equal(case.write_ring(emulated), case.write_ring(reference_ops))
+
+
+def test_offsets_of_another_layout_are_refused(emulated):
+    """A kernel has its offsets compiled in: it must not run on pages that someone else lays out in another way."""
+    names = ("k_codes", "k_high", "v_codes", "k_params", "v_scale", "v_zero", "norms", "page_bytes", "ring_tokens")
+    case = make_case(PageFormat.preset("oscar", 64), [(127, 1)], device="cpu")
+    out = torch.empty_like(case.query)
+    for name in names:
+        cache = replace(case.cache, pages=case.cache.pages.clone())
+        emulated.store_pages(case.step, cache, case.key, case.value)
+        (struct,) = (found.format for found in cache.native.values())
+        setattr(struct, name, getattr(struct, name) + 16)
+        with pytest.raises(RuntimeError, match="oscar_store_pages"):
+            emulated.store_pages(case.step, cache, case.key, case.value)
+        with pytest.raises(RuntimeError, match="oscar_attention"):
+            emulated.attention(case.step, cache, case.query, case.key, case.value, out)
+
+
+# ---- workspace -----------------------------------------------------------------------
+def limits(case, **rest) -> Limits:
+    return Limits(
+        query_heads=case.query.shape[1],
+        kv_heads=case.cache.kv_heads,
+        dtype=case.key.dtype,
+        device=case.key.device,
+        **rest,
+    )
+
+
+@pytest.mark.parametrize("group, requests", [(1, 1), (1, 80), (3, 80), (8, 2), (12, 80)])
+@pytest.mark.parametrize("long_queries", (True, False))
+def test_reserved_workspace_suffices_for_every_step(emulated, group, requests, long_queries):
+    case = make_case(PageFormat.preset("oscar", 128), [(200, 1)], kv_heads=1, group=group, device="cpu")
+    most = limits(case, requests=requests, tokens=500, decode_query_len=9)
+    cuda.reserve(case.fmt, most, long_queries=long_queries)
+    reserved = cuda._memories[case.key.device].workspace.numel()
+    params = cuda.BINDING.attention(case.step, case.cache, case.query, case.key, case.value, case.query)
+    needed = []
+    for count in range(1, requests + 1):
+        for longest in range(1, (most.tokens if long_queries else most.decode_query_len) + 1):
+            params.step.requests = count
+            needed.append(cuda._workspace_bytes(params, cuda._query_chunk(count, longest), -1))
+    assert max(needed) == reserved
+
+
+def test_nothing_moves_after_reserve(emulated, monkeypatch):
+    fmt = PageFormat.preset("oscar", 64)
+    steps = ([(9, 40)], [(200, 1)] * 6, [(1, 20), (3, 1)])
+    cases = [make_case(fmt, requests, kv_heads=1, device="cpu") for requests in steps]
+    cuda.reserve(fmt, limits(cases[0], requests=6, tokens=40, decode_query_len=1))
+    memory = cuda._memories[cases[0].key.device]
+    addresses = memory.workspace.data_ptr(), memory.counters.data_ptr()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # which nothing has to ask now
+    for case in cases:
+        assert relative_error(case.attention(emulated), case.exact_attention()) < 6e-3
+    assert addresses == (memory.workspace.data_ptr(), memory.counters.data_ptr())
+
+
+def test_a_graph_that_needs_more_workspace_is_refused(emulated, monkeypatch):
+    small, large = (
+        make_case(PageFormat.preset("oscar", 64), [(20, 1)] * count, kv_heads=1, device="cpu") for count in (1, 40)
+    )
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="workspace.*reserve"):
+        small.attention(emulated)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    small.attention(emulated)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    small.step = replace(small.step)
+    small.attention(emulated)
+    with pytest.raises(RuntimeError, match="workspace.*reserve"):
+        large.attention(emulated)

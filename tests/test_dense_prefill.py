@@ -1,80 +1,355 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gathering pages, ring and new tokens on the GPU, and prefill over the gathered pieces."""
+"""Dense prefill: waves, shared pages, gathering and merging, against the reference.
+
+On the CPU the kernels are emulated (tests/cuda_on_cpu) and FlashAttention is played by PyTorch;
+tests marked ``gpu`` run the real ones.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from benchmarks.kernel_cases import Case, make_case, relative_error
 from vllm_oscar.core import reference
 from vllm_oscar.core.config import PAGE_TOKENS, PRESETS
 from vllm_oscar.core.format import PageFormat
+from vllm_oscar.ops import dense_prefill
 from vllm_oscar.ops import reference as plain
+from vllm_oscar.ops.native import Binding
+from vllm_oscar.ops.step import Limits
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
-
-def make_case(fmt: PageFormat, dtype: torch.dtype, context: int, tokens: int, heads: int = 2, group: int = 4):
-    """One request in the middle of a sequence, after a plain step that stored its context."""
-    generator = torch.Generator().manual_seed(torch.seed() % 2**31)
-
-    def random(*shape):
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    length = context + tokens
-    ring_pages = fmt.ring_pages(2)
-    table = torch.randperm(64, generator=generator)[: -(-length // PAGE_TOKENS)].int()[None]
-    ring_table = torch.randperm(ring_pages, generator=generator).int()[None]
-    pages = torch.full((64, heads, fmt.page_bytes), 0xFF, dtype=torch.uint8)
-    ring = torch.full((ring_pages, heads, fmt.page_bytes), 0xFF, dtype=torch.uint8)
-    old = random(max(context, 1), heads, fmt.head_dim), random(max(context, 1), heads, fmt.head_dim)
-    if context:
-        starts, lens = torch.tensor([0, context]).int(), torch.tensor([context]).int()
-        plain.store_pages(*old, pages, ring, table, ring_table, starts, lens, ring_pages, fmt)
-        plain.write_ring(*old, ring, ring_table, starts, lens, ring_pages, fmt)
-    key, value = random(tokens, heads, fmt.head_dim), random(tokens, heads, fmt.head_dim)
-    query = random(tokens, heads * group, fmt.head_dim)
-    starts, lens = torch.tensor([0, tokens]).int(), torch.tensor([length]).int()
-    ring_start = torch.tensor([max(0, context - PAGE_TOKENS)]).int()
-    plain.store_pages(key, value, pages, ring, table, ring_table, starts, lens, ring_pages, fmt)
-    return (query, key, value, pages, ring, table, ring_table, starts, lens, ring_start), ring_pages, old
+ROOT = Path(__file__).parents[1]
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
+# ---- what stands in for the GPU ------------------------------------------------------
+def flash(
+    query, key, value, *, out, softmax_scale, causal, cu_seqlens_q, max_seqlen_q, max_seqlen_k,
+    cu_seqlens_k=None, seqused_k=None, block_table=None,
+):  # fmt: skip
+    """``flash_attn_varlen_func``. Like the real one it multiplies what lies behind a sequence in its page by zero."""
+    lse = torch.full((query.shape[1], len(query)), float("nan"))  # rows of no sequence stay undefined
+    starts = cu_seqlens_q.tolist()
+    for i, (begin, end) in enumerate(zip(starts, starts[1:])):
+        assert 0 <= end - begin <= max_seqlen_q
+        if block_table is None:
+            first, last = cu_seqlens_k[i : i + 2].tolist()
+            count, keys, values = last - first, key[first:last], value[first:last]
+        else:
+            count = int(seqused_k[i])
+            blocks = block_table[i, : -(-count // key.shape[1])].long()
+            keys, values = key[blocks].flatten(0, 1), value[blocks].flatten(0, 1)
+        assert count <= max_seqlen_k
+        if begin == end:
+            continue
+        if not count:
+            out[begin:end], lse[:, begin:end] = 0, -torch.inf
+            continue
+        group = query.shape[1] // keys.shape[1]
+        keys, values = (x.float().repeat_interleave(group, 1) for x in (keys, values))
+        scores = torch.einsum("qhd,khd->hqk", query[begin:end].float(), keys) * softmax_scale
+        position = torch.arange(len(keys))
+        visible = count - (end - begin) + torch.arange(end - begin)[:, None] if causal else count - 1
+        scores.masked_fill_((position > visible) | (position >= count), -torch.inf)
+        lse[:, begin:end] = scores.logsumexp(-1)
+        out[begin:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).to(out.dtype)
+    return out, lse
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """The emulated kernels."""
+    output = tmp_path_factory.mktemp("emulator") / "prefill.so"
+    source = ROOT / "tests" / "cuda_on_cpu"
+    command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{source}", f"-I{ROOT / 'csrc' / 'include'}"]
+    subprocess.run([*command, str(source / "prefill.cpp"), "-o", str(output)], check=True)
+    return ctypes.CDLL(str(output))
+
+
+@pytest.fixture
+def emulated(library, monkeypatch):
+    """``dense_prefill`` on the CPU; ``gathered`` collects the sources of every gather."""
+    gathered = []
+
+    def call(function: str, device: int, *args) -> None:
+        if function == "oscar_gather":
+            _, sources, count, *_ = args
+            gathered.append(torch.tensor((ctypes.c_int32 * (2 * count)).from_address(sources.value)).view(count, 2))
+        assert getattr(library, function)(*args) == 0
+
+    cuda = SimpleNamespace(
+        BINDING=Binding("CUDA", "cpu", (torch.bfloat16, torch.float16), alignment=16),
+        _call=call,
+        _stream=lambda device: None,
+        attention=plain.attention,
+        reserve=lambda fmt, limits, long_queries: None,
+    )
+    monkeypatch.setattr(dense_prefill, "cuda", cuda)
+    monkeypatch.setattr(dense_prefill, "_flash_attention", lambda head_dim: flash)
+    monkeypatch.setattr(dense_prefill, "_workspaces", {})
+    return SimpleNamespace(gathered=gathered)
+
+
+def set_capacity(monkeypatch, slots: int) -> None:
+    monkeypatch.setattr(dense_prefill, "_capacity", lambda fmt, limits: slots)
+
+
+def planned(case: Case, decode_query_len: int = 1) -> Case:
+    """``case`` with its plan, and a poisoned workspace."""
+    starts, lens = case.step.query_start_loc.tolist(), case.step.seq_lens.tolist()
+    heads, query_heads, device = case.key.shape[1], case.query.shape[1], case.key.device
+    limits = Limits(len(lens), starts[-1], decode_query_len, query_heads, heads, case.key.dtype, device)
+    dense_prefill.reserve(case.fmt, limits)
+    for space in dense_prefill._workspaces.values():
+        space.fill_(float("nan"))
+    return replace(case, step=dense_prefill.plan(case.step, case.fmt, limits, starts, lens, decode_query_len))
+
+
+def overall_error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    """For bfloat16, whose keys of large norm, rounded, disturb single rows more."""
+    return ((out.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def share(case: Case, source: int, target: int, pages: int) -> None:
+    """Let the first pages of request ``target`` be those of ``source``, as after a prefix hit."""
+    case.step.page_table[target, :pages] = case.step.page_table[source, :pages]
+
+
+# ---- the gather ------------------------------------------------------------------------
+def check_gather(fmt: PageFormat, dtype: torch.dtype, requests: list[tuple[int, int]], device: str) -> None:
+    """Every slot of a plan with one pass and one wave."""
+    case = planned(make_case(fmt, requests, dtype=dtype, device=device))
+    case.attention(dense_prefill)
+    ((one,),) = [case.step.prefill.passes]
+    (wave,) = one.waves
+    space = dense_prefill._workspace(fmt.head_dim, case.key.shape[1], dtype, case.key.device)
+    starts, lens = case.step.query_start_loc.tolist(), case.step.seq_lens.tolist()
+    seen = 0
+    for slot, (request, index) in enumerate(wave.sources.tolist()):
+        if request < 0:
+            continue
+        seen += 1
+        first, length = starts[request], lens[request]
+        context = length - (starts[request + 1] - first)
+        begin, end = index * PAGE_TOKENS, (index + 1) * PAGE_TOKENS
+        paged = max(0, min(int(case.step.ring_start[request]), end) - begin)
+        kept = torch.arange(begin + paged, max(begin + paged, min(context, end)), device=device)
+        ring = plain._read_ring(case.step, case.cache, request, kept, dtype)
+        new = slice(first + max(0, begin - context), first + max(0, min(length, end) - context))
+        decoded = [None, None]
+        if paged:
+            page = case.cache.pages[case.step.page_table[request, index : index + 1].long()]
+            decoded = reference.decode_pages(page, fmt, torch.tensor([index == 0], device=device))
+        for got, old, held, own in zip(space[:, slot], decoded, ring, (case.key, case.value)):
+            exact = torch.cat([held, own[new]])
+            assert torch.equal(got[paged : paged + len(exact)], exact)
+            assert not got[paged + len(exact) :].any(), "rows behind the sequence are zeros"
+            if paged:
+                expected = old[0, :paged].to(dtype)
+                error = (got[:paged].float() - expected.float()).norm() / expected.float().norm()
+                assert error < 1e-4, error
+    assert seen == sum(-(-length // PAGE_TOKENS) for length in lens)
+
+
+GATHERED = [(128, 2), (300, 77), (640, 128), (1000, 300), (90, 20), (515, 400)]
+
+
+@needs_compiler
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("context, tokens", [(0, 200), (128, 1), (300, 77), (640, 128), (1000, 500)])
+def test_gather_matches_the_reference(emulated, preset, head_dim):
+    dtype = torch.float16 if head_dim == 64 else torch.bfloat16
+    check_gather(PageFormat.preset(preset, head_dim), dtype, GATHERED[:4] if head_dim == 256 else GATHERED, "cpu")
+
+
+# ---- the plan ----------------------------------------------------------------------------
+@needs_compiler
+def test_a_shared_page_is_gathered_once(emulated):
+    case = make_case(PageFormat.preset("oscar", 64), [(700, 9), (640, 130), (650, 3), (900, 2)], device="cpu")
+    share(case, 0, 1, 5)
+    share(case, 0, 2, 3)  # and two pages of its own
+    share(case, 2, 3, 4)
+    expected = case.exact_attention()
+    case = planned(case)
+    assert relative_error(case.attention(dense_prefill), expected) < 6e-3
+    (sources,) = emulated.gathered
+    full = {(r, i) for r, i in sources.tolist() if r >= 0 and (i + 1) * PAGE_TOKENS <= int(case.step.ring_start[r])}
+    blocks = [int(case.step.page_table[r, i]) for r, i in full]
+    whole = (case.step.ring_start // PAGE_TOKENS).tolist()
+    distinct = {int(case.step.page_table[r, i]) for r in range(4) for i in range(whole[r])}
+    assert sorted(blocks) == sorted(distinct)
+    assert len(distinct) < sum(whole) - 8
+
+
+@needs_compiler
+@pytest.mark.parametrize("capacity", (7, 8, 13, 14, 40))
+def test_waves_hold_whole_requests_and_no_page_twice(emulated, monkeypatch, capacity):
+    set_capacity(monkeypatch, capacity)
+    case = make_case(PageFormat.preset("oscar_small", 64), [(640, 5 + r) for r in range(6)], kv_heads=1, device="cpu")
+    for target in (1, 2, 4, 5):
+        share(case, target // 3 * 3, target, 4)
+    expected = case.exact_attention()
+    case = planned(case)
+    assert relative_error(case.attention(dense_prefill), expected) < 6e-3
+    (one,) = case.step.prefill.passes
+    ends = [0]
+    for wave, sources in zip(one.waves, emulated.gathered):
+        held = sources[: int((sources[:, 0] >= 0).sum())]
+        assert (sources[len(held) :] == -1).all()
+        shared = held[(held[:, 1] + 1) * PAGE_TOKENS <= case.step.ring_start[held[:, 0]]]
+        blocks = case.step.page_table[shared[:, 0], shared[:, 1]].tolist()
+        assert len(set(blocks)) == len(blocks)
+        starts = wave.query_starts.tolist()
+        assert starts[0] == ends[-1] or not len(held)
+        ends.append(starts[-1])
+    assert ends[-1] == len(case.query)
+    used = sum(bool((sources[:, 0] >= 0).any()) for sources in emulated.gathered)
+    assert used == {7: 6, 8: 4, 13: 2, 14: 2, 40: 1}[capacity]
+    assert len(one.waves) == {7: 6, 8: 6, 13: 3, 14: 3, 40: 1}[capacity]  # as if nothing were shared
+
+
+@needs_compiler
+def test_a_shared_history_leaves_waves_empty(emulated, monkeypatch):
+    """Sixteen requests of eight pages, seven of them shared: as few slots as one request and sixteen pages."""
+    set_capacity(monkeypatch, 24)
+    case = make_case(PageFormat.preset("oscar", 64), [(896, 100)] * 16, kv_heads=1, window=False, device="cpu")
+    for target in range(1, 16):
+        share(case, 0, target, 7)
+    case = planned(case)
+    assert relative_error(case.attention(dense_prefill), case.exact_attention()) < 6e-3
+    counts = [int((sources[:, 0] >= 0).sum()) for sources in emulated.gathered]
+    assert counts == [23] + [0] * 5
+
+
+def test_steps_of_decodes_have_no_plan():
+    case = make_case(PageFormat.preset("oscar", 64), [(300, 1), (20, 3), (0, 2)], device="cpu")
+    assert planned_without_launch(case, 3).prefill is None
+
+
+def planned_without_launch(case: Case, decode_query_len: int):
+    starts, lens = case.step.query_start_loc.tolist(), case.step.seq_lens.tolist()
+    return dense_prefill.plan(case.step, case.fmt, None, starts, lens, decode_query_len)
+
+
+def test_a_request_that_cannot_fit_is_refused(emulated, monkeypatch):
+    set_capacity(monkeypatch, 4)
+    case = make_case(PageFormat.preset("oscar", 64), [(130, 600)], device="cpu")
+    with pytest.raises(ValueError, match="600 tokens of a request do not fit into a prefill workspace of 4 pages"):
+        planned(case)
+
+
+def test_the_workspace_holds_a_step():
+    fmt, device = PageFormat.preset("oscar", 128), torch.device("cpu")
+    few = Limits(64, 8192, 1, 32, 8, torch.bfloat16, device)
+    assert dense_prefill._capacity(fmt, few) == 512  # 256 MiB
+    assert dense_prefill._capacity(fmt, replace(few, kv_heads=1)) == dense_prefill.MOST_SLOTS
+    many = replace(few, tokens=1 << 20)
+    assert dense_prefill._capacity(fmt, many) == (1 << 20) // PAGE_TOKENS + 2
+
+
+# ---- attention -----------------------------------------------------------------------------
+MIXED = {
+    "fresh only": ([(0, 200), (0, 3), (0, 129)], []),
+    "history only": ([(300, 77), (128, 2), (127, 2), (129, 200), (1000, 5)], []),
+    "decodes, history, fresh": ([(300, 1), (5, 1), (700, 40), (256, 3), (0, 150), (0, 2)], [(2, 3, 2)]),
+    "fresh between": ([(900, 2), (0, 30), (384, 30), (0, 5), (0, 7), (640, 130)], [(0, 2, 3), (0, 5, 4)]),
+    "nothing to do in between": ([(640, 9), (100, 0), (640, 130), (0, 0)], [(0, 2, 4)]),
+    "partly shared": ([(1100, 20), (1000, 30), (1300, 10), (900, 128)], [(0, 1, 7), (0, 2, 3), (1, 3, 5)]),
+    "drafts among the decodes": ([(300, 3), (900, 2), (400, 1), (700, 90)], []),
+}
+
+
+def mixed_case(name: str, **options) -> Case:
+    requests, shared = MIXED[name]
+    case = make_case(PageFormat.preset("oscar", 64), requests, **options)
+    for each in shared:
+        share(case, *each)
+    return case
+
+
+@needs_compiler
+@pytest.mark.parametrize("capacity", (5, 6, 12, 64))
+@pytest.mark.parametrize("name", MIXED)
+def test_attention_matches_the_reference(emulated, monkeypatch, name, capacity):
+    """Down to a workspace that only just holds a request's own tokens, so that long histories take several passes."""
+    set_capacity(monkeypatch, capacity)
+    case = mixed_case(name, device="cpu")
+    expected = case.exact_attention()
+    case = planned(case, decode_query_len=3 if name.startswith("drafts") else 1)
+    out = case.attention(dense_prefill)
+    assert relative_error(out, expected) < 6e-3
+    lengths = [context + length for context, length in MIXED[name][0] if context and length > 3]
+    several = any(length > capacity * PAGE_TOKENS for length in lengths)
+    assert (len(case.step.prefill.passes) > 1) == several
+
+
+@needs_compiler
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gather_matches_the_reference(preset, head_dim, context, tokens, dtype):
-    from vllm_oscar.ops import dense_prefill
-
-    fmt = PageFormat.preset(preset, head_dim)
-    case, ring_pages, old = make_case(fmt, dtype, context, tokens)
-    _, key, value, pages, _, table, *_, ring_start = case
-    length, start = context + tokens, int(ring_start)
-    out = torch.full((2, length, key.shape[1], head_dim), float("nan"), dtype=dtype, device="cuda")
-    dense_prefill.gather(*(t.cuda() for t in case[1:]), ring_pages, fmt, 0, 0, length, out)
-    count = -(-start // PAGE_TOKENS)
-    decoded = reference.decode_pages(pages[table[0, :count].long()], fmt, torch.arange(count) == 0)
-    for got, paged, kept, new in zip(out.cpu(), decoded, old, (key, value), strict=True):
-        expected = torch.cat([paged.flatten(0, 1)[:start].to(dtype), kept[start:context], new])
-        error = (got.float() - expected.float()).norm() / expected.float().norm()
-        assert error < 5e-3, error
-        assert torch.equal(got[start:], expected[start:])
+def test_attention_of_other_presets(emulated, monkeypatch, preset, dtype):
+    set_capacity(monkeypatch, 6)
+    case = make_case(PageFormat.preset(preset, 128), [(9, 1), (900, 60), (390, 20)], dtype=dtype, device="cpu")
+    share(case, 1, 2, 2)
+    expected = case.exact_attention()
+    out = planned(case).attention(dense_prefill)
+    if dtype == torch.float16:
+        assert relative_error(out, expected) < 6e-3
+    assert overall_error(out, expected) < 1e-2
 
 
-@pytest.mark.parametrize("context, tokens, piece", [(0, 300, 16384), (1000, 500, 16384), (3000, 700, 1024)])
-def test_prefill_matches_the_reference(context, tokens, piece, monkeypatch):
-    from vllm_oscar.ops import dense_prefill
+# ---- on a GPU --------------------------------------------------------------------------------
+@pytest.fixture
+def fresh_workspace(monkeypatch):
+    usable, reason = dense_prefill.available()
+    assert usable, reason
+    monkeypatch.setattr(dense_prefill, "_workspaces", {})
 
-    monkeypatch.setattr(dense_prefill, "WORKSPACE_TOKENS", piece)
-    dense_prefill._workspaces.clear()
-    fmt = PageFormat.preset("oscar", 128)
-    case, ring_pages, _ = make_case(fmt, torch.bfloat16, context, tokens)
-    expected = torch.empty_like(case[0])
-    plain.attention(expected, *case, ring_pages, 128**-0.5, fmt)
-    out = torch.full_like(case[0], float("nan")).cuda()
-    rows = [dense_prefill.Prefill(0, 0, tokens, context)]
-    dense_prefill.attention(out, *(t.cuda() for t in case), ring_pages, 128**-0.5, fmt, rows)
-    error = (out.cpu().float() - expected.float()).norm() / expected.float().norm()
-    assert error < 1e-2, error
+
+class TestGpu:
+    pytestmark = on_gpu
+
+    @pytest.mark.parametrize("preset", PRESETS)
+    @pytest.mark.parametrize("head_dim", [64, 128, 256])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_gather(self, fresh_workspace, preset, head_dim, dtype):
+        check_gather(PageFormat.preset(preset, head_dim), dtype, GATHERED, "cuda")
+
+    @pytest.mark.parametrize("capacity", (5, 6, 12, 64))
+    @pytest.mark.parametrize("name", MIXED)
+    def test_attention(self, fresh_workspace, monkeypatch, name, capacity):
+        set_capacity(monkeypatch, capacity)
+        case = mixed_case(name, device="cuda")
+        expected = case.exact_attention()
+        case = planned(case, decode_query_len=3 if name.startswith("drafts") else 1)
+        assert relative_error(case.attention(dense_prefill), expected) < 6e-3
+
+    def test_many_requests_share_a_long_prefix(self, fresh_workspace):
+        case = make_case(PageFormat.preset("oscar", 128), [(4096, 128)] * 48, kv_heads=8, dtype=torch.bfloat16)
+        for target in range(1, 48):
+            share(case, 0, target, 30)
+        expected = case.exact_attention()
+        case = planned(case)
+        assert len(case.step.prefill.passes[0].waves) == 4
+        assert overall_error(case.attention(dense_prefill), expected) < 1e-2
+
+    def test_planning_and_launching_wait_for_nothing(self, fresh_workspace):
+        case = make_case(PageFormat.preset("oscar", 128), [(900, 1), (4096, 128), (1000, 300), (0, 200)])
+        planned(case).attention(dense_prefill)
+        starts, lens = case.step.query_start_loc.tolist(), case.step.seq_lens.tolist()
+        limits = Limits(4, starts[-1], 1, 8, 2, case.key.dtype, case.key.device)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step = dense_prefill.plan(case.step, case.fmt, limits, starts, lens, 1)
+            out = replace(case, step=step).attention(dense_prefill)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert out.isfinite().all()

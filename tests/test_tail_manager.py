@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 from vllm.v1.core.block_pool import BlockPool  # noqa: E402
 
 from vllm_oscar.engine.metadata import ring_start  # noqa: E402
-from vllm_oscar.engine.tail import OscarTailManager, OscarTailSpec  # noqa: E402
+from vllm_oscar.engine.scheduler import OscarTailManager, OscarTailSpec  # noqa: E402
 
 PAGES = 6
 

@@ -2,6 +2,7 @@
 """The Triton kernels in the interpreter, against the reference operations."""
 
 import importlib.util
+import inspect
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from vllm_oscar.core.config import PAGE_TOKENS, PRESETS, SUPPORTED_HEAD_DIMS, No
 from vllm_oscar.core.format import PageFormat  # noqa: E402
 from vllm_oscar.ops import reference as expected_ops  # noqa: E402
 from vllm_oscar.ops import triton as ops  # noqa: E402
+from vllm_oscar.ops.step import Cache, Limits, Step  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() and os.environ["TRITON_INTERPRET"] != "1" else "cpu"
 
@@ -64,7 +66,7 @@ class Batch:
         rings = len(requests) * self.ring_pages + 1
         self.pages = torch.full((blocks, heads, fmt.page_bytes), 255, dtype=torch.uint8)
         self.ring = torch.full((rings, heads, fmt.page_bytes), 255, dtype=torch.uint8)
-        self.block_table = torch.full((len(requests), most), 2**31 - 1, dtype=torch.int32)
+        self.page_table = torch.full((len(requests), most), 2**31 - 1, dtype=torch.int32)
         self.ring_table = torch.empty(len(requests), self.ring_pages + 1, dtype=torch.int32)
         free = torch.randperm(blocks, generator=random).tolist()
         free_ring = torch.randperm(rings, generator=random).tolist()
@@ -81,10 +83,10 @@ class Batch:
             full = context // PAGE_TOKENS
             if length:
                 needed = -(-(context + length) // PAGE_TOKENS)
-                self.block_table[r, :needed] = torch.tensor([free.pop() for _ in range(needed)])
+                self.page_table[r, :needed] = torch.tensor([free.pop() for _ in range(needed)])
                 self.ring_table[r] = torch.tensor([free_ring.pop() for _ in range(self.ring_pages)] + [2**31 - 1])
                 if full:
-                    self.pages[self.block_table[r, :full].long()] = reference.encode_pages(
+                    self.pages[self.page_table[r, :full].long()] = reference.encode_pages(
                         key[: full * PAGE_TOKENS].unflatten(0, (full, PAGE_TOKENS)),
                         value[: full * PAGE_TOKENS].unflatten(0, (full, PAGE_TOKENS)),
                         fmt,
@@ -108,34 +110,39 @@ class Batch:
         self.query_start_loc = torch.tensor(starts, dtype=torch.int32)
         self.seq_lens = torch.tensor(lens, dtype=torch.int32)
         self.ring_start = torch.tensor(ring_starts, dtype=torch.int32)
+        self.max_query_len = max(length for _, length, _ in requests)
         for name, tensor in vars(self).items():
             if isinstance(tensor, torch.Tensor):
                 setattr(self, name, tensor.to(DEVICE))
 
     @property
-    def layout_args(self):
-        return self.block_table, self.ring_table, self.query_start_loc, self.seq_lens
+    def step(self):
+        return Step(
+            self.query_start_loc,
+            self.seq_lens,
+            self.page_table,
+            self.ring_table,
+            self.ring_start,
+            self.max_query_len,
+        )
+
+    def cache(self, pages=None, ring=None):
+        pages, ring = self.pages if pages is None else pages, self.ring if ring is None else ring
+        return Cache(pages, ring, self.ring_pages, self.fmt, self.fmt.head_dim**-0.5)
 
     def attention(self, module):
         out = torch.full_like(self.query, 7.0)
-        module.attention(
-            out, self.query, self.key, self.value, self.pages, self.ring, *self.layout_args, self.ring_start,
-            self.ring_pages, self.fmt.head_dim**-0.5, self.fmt,
-        )  # fmt: skip
+        module.attention(self.step, self.cache(), self.query, self.key, self.value, out)
         return out
 
     def store(self, module):
         pages = self.pages.clone()
-        module.store_pages(
-            self.key, self.value, pages, self.ring, *self.layout_args, self.ring_pages, self.fmt
-        )  # fmt: skip
+        module.store_pages(self.step, self.cache(pages=pages), self.key, self.value)
         return pages
 
     def write_ring(self, module):
         ring = self.ring.clone()
-        module.write_ring(
-            self.key, self.value, ring, self.ring_table, self.query_start_loc, self.seq_lens, self.ring_pages, self.fmt
-        )
+        module.write_ring(self.step, self.cache(ring=ring), self.key, self.value)
         return ring
 
 
@@ -252,9 +259,9 @@ def test_matrix(preset, dim, dtype):
 @pytest.mark.parametrize("name", ["decode_large", "chunk_large"])
 def test_portable_codes(name, monkeypatch):
     """Where matrix units flush subnormals, codes are read as ordinary fp16 numbers."""
-    from vllm_oscar.ops.triton import page as triton_common
+    from vllm_oscar.ops.triton import layout
 
-    monkeypatch.setattr(triton_common, "codes_mode", lambda: 0)
+    monkeypatch.setattr(layout, "codes_mode", lambda: 0)
     batch = make(name)
     check_attention(batch)
 
@@ -274,6 +281,131 @@ def test_large_logits():
     check_attention(Batch(PageFormat.preset("oscar", 64), [(300, 1, 44)], spread=60.0))
 
 
+# ---- CUDA graphs --------------------------------------------------------------------------
+def record_launches(monkeypatch):
+    """Replace the kernels; the list gets ``(name, grid, constexpr arguments)`` of every launch."""
+    from vllm_oscar.ops.triton import decode, prefill, store
+
+    launches = []
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                given = inspect.signature(self.kernel.fn).bind(*args).arguments
+                kinds = self.kernel.fn.__annotations__
+                constants = tuple((name, x) for name, x in given.items() if "constexpr" in str(kinds.get(name)))
+                launches.append((self.kernel.fn.__name__, grid, constants))
+
+            return launch
+
+    for module in (decode, prefill, store):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Recorder(getattr(module, name)))
+    return launches
+
+
+def run_on_meta(requests, tokens, max_query_len):
+    """All operations with tensors that have no contents: reading any raises."""
+    fmt = PageFormat.preset("oscar", 64)
+
+    def empty(*shape, dtype=torch.int32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    tables = empty(requests, 64), empty(requests, 7)
+    step = Step(empty(requests + 1), empty(requests), *tables, empty(requests), max_query_len)
+    pages = empty(9, 2, fmt.page_bytes, dtype=torch.uint8)
+    cache = Cache(pages, pages, 6, fmt, 0.1)
+    query, key = empty(tokens, 8, 64, dtype=torch.float16), empty(tokens, 2, 64, dtype=torch.float16)
+    ops.store_pages(step, cache, key, key)
+    ops.attention(step, cache, query, key, key, torch.empty_like(query))
+    ops.write_ring(step, cache, key, key)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (64, 64, 1), (8, 40, 5), (3, 800, 700), (1, 300, 300)])
+def test_launches_need_no_contents(shape, monkeypatch):
+    launches = record_launches(monkeypatch)
+    run_on_meta(*shape)
+    names = {name for name, _, _ in launches}
+    assert {"store_kernel", "write_ring_kernel"} < names
+    assert ("prefill_kernel" in names) == (shape[2] > 16)
+    assert ("decode_kernel" in names) == (shape[2] <= 16 or shape[0] > 1)
+
+
+def test_decode_batches_share_a_kernel(monkeypatch):
+    """A batch of a new size must not wait for the compiler."""
+    launches = record_launches(monkeypatch)
+    for requests in (1, 2, 3, 5, 17, 64, 256):
+        run_on_meta(requests, requests, 1)
+    grids, constants = zip(*[launch[1:] for launch in launches if launch[0] == "decode_kernel"])
+    assert len(set(grids)) > 5
+    assert len(set(constants)) == 1
+
+
+def test_padded_requests():
+    """Graphs pad a batch with requests of no token, or of tokens without a length: neither does harm."""
+    batch = make("verify")
+    attended, stored, ring = batch.attention(ops), batch.store(ops), batch.write_ring(ops)
+    tokens, requests = batch.key.shape[0], len(batch.seq_lens)
+    used = batch.ring_table[:, : batch.ring_pages]
+    spare = next(block for block in range(len(ring)) if block not in used)  # vLLM's null block
+
+    def pad(x, rows, fill):
+        return torch.cat([x, torch.full((rows, *x.shape[1:]), fill, dtype=x.dtype, device=x.device)])
+
+    batch.query_start_loc = pad(batch.query_start_loc, 3, tokens)
+    batch.query_start_loc[-2:] += torch.tensor([1, 2], dtype=torch.int32, device=DEVICE)
+    batch.seq_lens = pad(batch.seq_lens, 3, 0)
+    batch.ring_start = pad(batch.ring_start, 3, -PAGE_TOKENS)
+    batch.page_table = pad(batch.page_table, 3, 2**31 - 1)
+    batch.ring_table = pad(batch.ring_table, 3, spare)
+    batch.query, batch.key, batch.value = (pad(x, 5, 1.0) for x in (batch.query, batch.key, batch.value))
+    assert batch.step.requests == requests + 3
+
+    padded = batch.attention(ops)
+    assert torch.equal(padded[:tokens], attended)
+    assert (padded[tokens : tokens + 2] == 1).all()  # their own token is all that they see
+    assert (padded[tokens + 2 :] == 7).all()  # of no request
+    assert torch.equal(batch.store(ops), stored)
+    changed = batch.write_ring(ops)
+    changed[spare] = ring[spare]
+    assert torch.equal(changed, ring)
+
+
+@pytest.mark.parametrize("name", ["decode_large", "verify"])
+def test_loose_bound(name):
+    batch = make(name)
+    batch.max_query_len = 300
+    check_attention(batch)
+
+
+def test_reserve_makes_all_tables():
+    from vllm_oscar.ops.triton import layout
+
+    layout.rotation.cache_clear()
+    batch = make("mixed")
+    heads = batch.query.shape[1], batch.key.shape[1]
+    ops.reserve(batch.fmt, Limits(8, 64, 1, *heads, batch.dtype, torch.device(DEVICE)))
+    made = layout.rotation.cache_info().misses
+    batch.attention(ops), batch.store(ops)
+    assert made == layout.rotation.cache_info().misses == 3
+
+
+# ---- refusals -----------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["query", "key", "value", "out", "pages", "page_table"])
+def test_strides_that_would_need_a_copy_are_refused(name):
+    batch = make("decode_small")
+    tensors = {"query": batch.query, "key": batch.key, "value": batch.value, "out": torch.empty_like(batch.query)}
+    if name in tensors:
+        tensors[name] = tensors[name].repeat_interleave(2, -1)[..., ::2]
+    else:
+        setattr(batch, name, getattr(batch, name).repeat_interleave(2, -1)[..., ::2])
+    with pytest.raises(ValueError, match=f"OScaR Triton kernels: .*{name}.* contiguous"):
+        ops.attention(batch.step, batch.cache(), *tensors.values())
+
+
 # ---- ahead-of-time compilation ------------------------------------------------------------
 COMPILE = """
 import pathlib, re, subprocess, sys
@@ -281,6 +413,7 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from vllm_oscar.core.format import PageFormat
 from vllm_oscar.ops import triton as ops
+from vllm_oscar.ops.step import Cache, Step
 from vllm_oscar.ops.triton import decode as triton_decode, prefill as triton_prefill, store as triton_store
 
 class Driver:  # of a device that is not there
@@ -306,16 +439,18 @@ for module in (triton_decode, triton_prefill, triton_store):
     for name in [name for name in vars(module) if name.endswith("_kernel")]:
         setattr(module, name, Compiled(getattr(module, name)))
 fmt = PageFormat.preset(sys.argv[2], int(sys.argv[3]))
-for tokens, requests in eval(sys.argv[4]):
+for tokens, requests, longest in eval(sys.argv[4]):
     query = torch.empty(tokens, 32, fmt.head_dim, dtype=getattr(torch, sys.argv[5]))
     key = torch.empty(tokens, 8, fmt.head_dim, dtype=query.dtype)
     pages = torch.empty(4, 8, fmt.page_bytes, dtype=torch.uint8)
     table = torch.zeros(requests, 64, dtype=torch.int32)
     lens = torch.zeros(requests + 1, dtype=torch.int32)
-    ops.attention(query, query, key, key, pages, pages, table, table, lens, lens[1:], lens[1:], 6, 0.1, fmt)
+    step = Step(lens, lens[1:], table, table, lens[1:], longest)
+    cache = Cache(pages, pages, 6, fmt, 0.1)
+    ops.attention(step, cache, query, key, key, query)
     if len(sys.argv) > 6:
-        ops.store_pages(key, key, pages, pages, table, table, lens, lens[1:], 6, fmt)
-        ops.write_ring(key, key, pages, table, lens, lens[1:], 6, fmt)
+        ops.store_pages(step, cache, key, key)
+        ops.write_ring(step, cache, key, key)
 """
 
 
@@ -332,7 +467,7 @@ def compile_for(tmp_path, *args):
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_decode_compiles_without_spills(arch, tmp_path):
-    usage = compile_for(tmp_path, arch, "oscar", 128, [(64, 64)], "bfloat16")
+    usage = compile_for(tmp_path, arch, "oscar", 128, [(64, 64, 1)], "bfloat16")
     assert set(usage) == {"rotate_query_kernel", "decode_kernel", "combine_kernel"}
     assert all(stack == 0 for _, stack in usage.values()), usage
 
@@ -342,7 +477,7 @@ def test_decode_compiles_without_spills(arch, tmp_path):
 @pytest.mark.parametrize("dim", SUPPORTED_HEAD_DIMS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_everything_compiles(preset, dim, arch, tmp_path):
-    usage = compile_for(tmp_path, arch, preset, dim, [(64, 64), (1024, 2)], "float16", "store")
+    usage = compile_for(tmp_path, arch, preset, dim, [(64, 64, 1), (1024, 2, 1000)], "float16", "store")
     assert len(usage) == 6
     if dim == 128:
         assert usage["decode_kernel"][1] == 0, usage

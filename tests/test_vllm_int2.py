@@ -9,7 +9,7 @@ from replay import Replay
 from vllm_engine import MODEL
 
 from vllm_oscar.core.config import PRESETS
-from vllm_oscar.ops import select as ops
+from vllm_oscar.ops import select
 
 # Two float32 computations differ by about 1e-5 until a value at the edge between two codes
 # is rounded to different sides. Noise of 3e-7 (relative) on the replay's own keys and
@@ -51,7 +51,7 @@ def close(errors: list[torch.Tensor]) -> bool:
 
 
 def kernels() -> list[str]:
-    return [kind for kind in ("reference", "cpu") if ops.load(kind)[0] is not None]
+    return [kind for kind in ("reference", "cpu") if select.load(kind)[0] is not None]
 
 
 def cases() -> list:

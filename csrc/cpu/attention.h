@@ -14,8 +14,6 @@ constexpr int kSplitPages = 16;   // pages of one decode item
 constexpr int kDecodeRows = 128;  // rows of a KV head up to which pages are read as integers
 constexpr int kDenseRows = 256;   // rows of one item otherwise
 
-thread_local Scratch thread_scratch;
-
 // Rows `row0 ..` of one KV head of one request: row = token * query heads per KV head + head.
 struct Item {
   int32_t request, head, row0, rows;
@@ -25,33 +23,24 @@ struct Item {
   int64_t set;           // counts the rows' finished parts
 };
 
-struct Request {
-  int begin, tokens, context, ring_start, pages;
-  Request(const OscarArgs& a, int r)
-      : begin(a.query_start_loc[r]), tokens(a.query_start_loc[r + 1] - begin), context(a.seq_lens[r] - tokens),
-        ring_start(a.ring_start ? a.ring_start[r] : 0), pages((ring_start + kPage - 1) / kPage) {}
+// Positions before ring_start are read from that many pages, the last possibly in part.
+struct Request : oscar::StepTokens {
+  int ring_start, pages;
+  Request(const OscarStep& step, int request)
+      : StepTokens(step, request), ring_start(oscar::ring_start(step, request, context)),
+        pages(oscar::pages_before(ring_start)) {}
 };
-
-inline const void* offset(const void* base, int64_t elements, int dtype) {
-  return static_cast<const char*>(base) + elements * item_bytes(dtype);
-}
-
-// Ring address of a position's key; its value follows.
-inline uint8_t* ring_token(const OscarArgs& a, int request, int position, int head) {
-  const int slot = position % (a.ring_tokens * a.ring_pages);
-  const int64_t page = a.ring_table[request * a.ring_table_row + slot / a.ring_tokens];
-  return a.ring + page * a.ring_stride + head * a.ring_head +
-         static_cast<int64_t>(slot % a.ring_tokens) * 2 * a.head_dim * item_bytes(a.dtype);
-}
 
 class Attention {
  public:
-  explicit Attention(const OscarArgs& args) : a(args), s(args), group(args.query_heads / args.heads) {}
+  Attention(const OscarAttentionParams& params, const OscarCpuRun& run)
+      : a(params), how(run), step(a.step), cache(a.cache), s(cache.format), group(a.group),
+        head_bytes(s.dim * item_bytes(a.dtype)) {}
 
   int32_t run() {
     if (!plan()) return 1;
     int failed = 0;
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1 && count_ > 1) reduction(| : failed)
+#pragma omp parallel num_threads(how.threads) if (how.threads > 1 && count_ > 1) reduction(| : failed)
     {
       // OpenMP wants every thread at every loop, so a thread without memory passes items by.
       const bool ready = thread_scratch.reserve(scratch_bytes());
@@ -70,9 +59,13 @@ class Attention {
   }
 
  private:
-  const OscarArgs& a;
+  const OscarAttentionParams& a;
+  const OscarCpuRun& how;
+  const OscarStep& step;
+  const OscarCache& cache;
   const Shape s;
-  const int group;  // query heads per KV head
+  const int group;       // query heads per KV head
+  const int head_bytes;  // of a model token: a ring token is its key and its value
   Item* items_ = nullptr;
   float* partials_ = nullptr;
   int32_t* finished_ = nullptr;
@@ -86,22 +79,24 @@ class Attention {
     const auto pad = Scratch::padded;
     const int rows = max_rows_;
     return decode_bytes(s, kMaxRows) + dense_bytes(s, rows) + 3 * pad(4 * rows * s.dim) + Fp32Tiles::bytes(s) +
-           (multiply_bf16_of(a, false) ? Bf16Tiles::bytes(s, rows) : Fp32Tiles::bytes(s)) + pad(64 * 4 * s.words);
+           (multiply_of(false) ? Bf16Tiles::bytes(s, rows) : Fp32Tiles::bytes(s)) + pad(64 * 4 * s.words);
   }
+
+  MultiplyBf16 multiply_of(bool pages) const { return multiply_bf16_of(how.isa, a.dtype, cache.format, pages); }
 
   template <class Emit>
   void enumerate(Emit emit) const {
     int64_t partial = 0, set = 0;
-    for (int r = 0; r < a.requests; r++) {
-      const Request q(a, r);
-      const int rows = q.tokens * group;
+    for (int r = 0; r < step.requests; r++) {
+      const Request q(step, r);
+      const int rows = q.query_len * group;
       if (rows <= 0) continue;
       const bool integers = rows <= kDecodeRows && q.pages > 0;
       const int limit = integers ? kMaxRows : max_of(1, kDenseRows / group) * group;
       const int tiles = (rows + limit - 1) / limit;
       const int tile = integers ? (rows + tiles - 1) / tiles : limit;
       const int splits = (q.pages + kSplitPages - 1) / kSplitPages;
-      for (int head = 0; head < a.heads; head++)
+      for (int head = 0; head < cache.kv_heads; head++)
         for (int row0 = 0; row0 < rows; row0 += tile) {
           Item item = {r, head, row0, min_of(tile, rows - row0), 0, 0, 0, 0, partial, set};
           if (!integers) {
@@ -161,15 +156,13 @@ class Attention {
   void load_queries(const Item& item, const Request& q, float scale, float* out) const {
     for (int row = 0; row < item.rows; row++) {
       const int token = q.begin + (item.row0 + row) / group, head = item.head * group + (item.row0 + row) % group;
-      load_token(offset(a.query, token * a.query_token + head * a.query_head, a.dtype), a.dtype, s.dim,
-                 out + row * s.dim);
+      load_token(oscar::token_address(a.query, token, head), a.dtype, s.dim, out + row * s.dim);
       for (int i = 0; i < s.dim; i++) out[row * s.dim + i] *= scale;
     }
   }
 
   const uint8_t* page(const Item& item, int index) const {
-    const int64_t block = a.block_table[item.request * a.block_table_row + index];
-    return a.pages + block * a.page_stride + item.head * a.page_head;
+    return oscar::page_address(cache, oscar::page_row(step, item.request)[index], item.head);
   }
 
   float* partial(const Item& item, int row, int part) const {
@@ -192,7 +185,7 @@ class Attention {
     for (int i = 0; i < count; i++) pages[i] = page(item, item.page0 + i);
     // After the last come those that this thread may well read next.
     int total = count;
-    const int64_t next = &item - items_ + a.threads;
+    const int64_t next = &item - items_ + how.threads;
     for (int64_t j = next; j < min_of(next + 2, count_) && total == count; j++)
       for (int i = items_[j].page0; i < min_of(items_[j].page1, items_[j].page0 + kGroupPages); i++)
         pages[total++] = page(items_[j], i);
@@ -204,17 +197,17 @@ class Attention {
   }
 
   void pages_as_integers(const Item& item) {
-    const Request q(a, item.request);
+    const Request q(step, item.request);
     float* plain = thread_scratch.take<float>(item.rows * s.dim);
     float* rotated = thread_scratch.take<float>(item.rows * s.dim);
     DecodeState d = take_decode(thread_scratch, s, item.rows);
     for (int p = item.page0; p < min_of(item.page1, item.page0 + kGroupPages); p++)
-      for (int64_t i = 0; i < a.page_bytes; i += 64) __builtin_prefetch(page(item, p) + i, 0, 2);
-    load_queries(item, q, a.scale * kLog2e, plain);
-    rotate(plain, a.hadamard, s.dim, item.rows, rotated);
+      for (int64_t i = 0; i < cache.format.page_bytes; i += 64) __builtin_prefetch(page(item, p) + i, 0, 2);
+    load_queries(item, q, cache.scale * kLog2e, plain);
+    rotate(plain, how.hadamard, s.dim, item.rows, rotated);
     begin_decode(d, s, rotated);
-    if (a.key_bits == 2) decode<2>(item, q, d);
-    else if (a.key_bits == 3) decode<3>(item, q, d);
+    if (cache.format.key_bits == 2) decode<2>(item, q, d);
+    else if (cache.format.key_bits == 3) decode<3>(item, q, d);
     else decode<4>(item, q, d);
     end_decode(d, s, rotated);
     put_partial(item, rotated, d.maximum, d.total);
@@ -223,26 +216,30 @@ class Attention {
   // Tiles of the ring and in-flight tokens that the rows of `item` may see.
   template <class Attend>  // Attend(keys, values, count, visible), the first two by token
   void attend_exact(const Item& item, const Request& q, Attend attend) const {
-    const int held = q.context - q.ring_start;
+    const int32_t* ring = oscar::ring_row(step, item.request);
+    const int held = q.context - q.ring_start, per_page = cache.format.ring_tokens;
     const int end = held + (item.row0 + item.rows - 1) / group + 1;
     for (int begin = 0; begin < end; begin += kTile) {
       const int count = min_of(kTile, end - begin);
       const void *key[kTile], *value[kTile];
+      const uint8_t* at = nullptr;
       int left = 0;  // tokens that follow each other in a page of the ring
       for (int i = 0; i < count; i++) {
         const int index = begin + i;
         if (index < held) {
           if (--left > 0) {
-            key[i] = offset(key[i - 1], 2 * s.dim, a.dtype);
+            at += 2 * head_bytes;
           } else {
-            key[i] = ring_token(a, item.request, q.ring_start + index, item.head);
-            left = a.ring_tokens - (q.ring_start + index) % a.ring_tokens;
+            const int position = q.ring_start + index;
+            at = oscar::ring_token(cache, ring, item.head, position, per_page, 2 * head_bytes);
+            left = per_page - position % per_page;
           }
-          value[i] = offset(key[i], s.dim, a.dtype);
+          key[i] = at;
+          value[i] = at + head_bytes;
         } else {
-          const int64_t token = q.begin + index - held;
-          key[i] = offset(a.key, token * a.key_token + item.head * a.key_head, a.dtype);
-          value[i] = offset(a.value, token * a.value_token + item.head * a.value_head, a.dtype);
+          const int token = q.begin + index - held;
+          key[i] = oscar::token_address(a.key, token, item.head);
+          value[i] = oscar::token_address(a.value, token, item.head);
         }
       }
       attend(key, value, count, [&](int row) { return min_of(count, held + (item.row0 + row) / group + 1 - begin); });
@@ -252,14 +249,14 @@ class Attention {
   // The same for few rows, which read the tokens where they are.
   void attend_in_place(const Item& item, const Request& q, const DenseState& d) const {
     float* query = thread_scratch.take<float>(item.rows * s.dim);
-    load_queries(item, q, a.scale * kLog2e, query);
+    load_queries(item, q, cache.scale * kLog2e, query);
     attend_exact(item, q, [&](const void* const* keys, const void* const* values, int count, auto visible) {
-      token_tile(d, s, query, keys, values, count, visible);
+      token_tile(d, s, a.dtype, query, keys, values, count, visible);
     });
   }
 
   void exact_part(const Item& item) {
-    const Request q(a, item.request);
+    const Request q(step, item.request);
     DenseState d = take_dense(thread_scratch, s, item.rows);
     begin_dense(d, s);
     attend_in_place(item, q, d);
@@ -283,15 +280,15 @@ class Attention {
   template <class Tiles>
   void attend_staged(const Item& item, const Request& q, const DenseState& d, Tiles tiles) const {
     float* query = thread_scratch.take<float>(item.rows * s.dim);
-    load_queries(item, q, Tiles::kScaledQueries ? a.scale * kLog2e : 1.0f, query);
+    load_queries(item, q, Tiles::kScaledQueries ? cache.scale * kLog2e : 1.0f, query);
     if (q.pages) {
       float* rotated = thread_scratch.take<float>(item.rows * s.dim);
-      rotate(query, a.hadamard, s.dim, item.rows, rotated);
+      rotate(query, how.hadamard, s.dim, item.rows, rotated);
       tiles.set_rotated_query(rotated);
-      if (a.key_bits == 2) dense_pages<2>(item, q, tiles);
-      else if (a.key_bits == 3) dense_pages<3>(item, q, tiles);
+      if (cache.format.key_bits == 2) dense_pages<2>(item, q, tiles);
+      else if (cache.format.key_bits == 3) dense_pages<3>(item, q, tiles);
       else dense_pages<4>(item, q, tiles);
-      rotate(d.output, a.hadamard_t, s.dim, item.rows, rotated);
+      rotate(d.output, how.hadamard_t, s.dim, item.rows, rotated);
       memcpy(d.output, rotated, 4 * item.rows * s.dim);
     }
     tiles.set_query(query);
@@ -302,23 +299,22 @@ class Attention {
 
   // Many rows, or no pages.
   void everything(const Item& item) {
-    const Request q(a, item.request);
+    const Request q(step, item.request);
     const DenseState d = take_dense(thread_scratch, s, item.rows);
     begin_dense(d, s);
     if (!q.pages && item.rows <= kMaxRows) attend_in_place(item, q, d);
-    else if (const MultiplyBf16 multiply = multiply_bf16_of(a, q.pages))
-      attend_staged(item, q, d, Bf16Tiles(thread_scratch, s, d, multiply));
-    else attend_staged(item, q, d, Fp32Tiles(thread_scratch, s, d));
+    else if (const MultiplyBf16 multiply = multiply_of(q.pages))
+      attend_staged(item, q, d, Bf16Tiles(thread_scratch, s, d, cache.scale * kLog2e, multiply));
+    else attend_staged(item, q, d, Fp32Tiles(thread_scratch, s, d, a.dtype));
     for (int row = 0; row < item.rows; row++) finish(item, row, d.output + row * s.dim, d.total[row]);
   }
 
   void finish(const Item& item, int row, float* output, float total) const {
     const float inverse = 1.0f / total;
     for (int i = 0; i < s.dim; i++) output[i] *= inverse;
-    const int token = Request(a, item.request).begin + (item.row0 + row) / group;
+    const int token = oscar::StepTokens(step, item.request).begin + (item.row0 + row) / group;
     const int head = item.head * group + (item.row0 + row) % group;
-    store_token(output, a.dtype, s.dim,
-                static_cast<char*>(a.out) + (token * a.out_token + head * a.out_head) * item_bytes(a.dtype));
+    store_token(output, a.dtype, s.dim, oscar::token_address(a.out, token, head));
   }
 
   // All parts but the last are in the rotated space.
@@ -346,7 +342,7 @@ class Attention {
       }
       totals[row] = total;
     }
-    rotate(rotated, a.hadamard_t, s.dim, item.rows, plain);
+    rotate(rotated, how.hadamard_t, s.dim, item.rows, plain);
     for (int row = 0; row < item.rows; row++) {
       const float* p = partial(item, row, last);
       for (int i = 0; i < s.dim; i++) plain[row * s.dim + i] += last_weight[row] * p[i];

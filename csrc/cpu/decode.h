@@ -106,8 +106,8 @@ struct KeyGroup {
 inline void load_key_group(KeyGroup& group, const uint8_t* page, const Shape& s, int index, float middle) {
   if (group.index == index) return;
   group.index = index;
-  const int bytes = s.args.key_param_bytes;
-  const uint8_t* p = page + s.args.k_params + index * 2 * s.dim * bytes;
+  const int bytes = s.format.key_param_bytes;
+  const uint8_t* p = page + s.format.k_params + index * 2 * s.dim * bytes;
   load_quads(p, bytes, s, group.scale);
   load_quads(p + s.dim * bytes, bytes, s, group.centre);
   for (int i = 0; i < 4 * s.quads; i += 16)
@@ -241,9 +241,9 @@ inline void page_logits(DecodeState& d, const Shape& s, const uint8_t* page, boo
     if (last) pair_logits<BITS, true>(d, s, pair, factors, offsets, norms, logits);
     else pair_logits<BITS, false>(d, s, pair, factors, offsets, norms, logits);
   }
-  if (first && s.args.exact_first_key) {
+  if (first && s.format.exact_first_key) {
     Quads key;
-    load_quads(page + s.args.k_params + 2 * s.dim * s.args.key_param_bytes, 2, s, key);
+    load_quads(page + s.format.k_params + 2 * s.dim * s.format.key_param_bytes, 2, s, key);
     for (int row = 0; row < d.rows; row++) {
       F dot = zero_f();
       for (int i = 0; i < 4 * s.quads; i += 16)
@@ -355,13 +355,13 @@ template <int ROWS, bool TWO>
 inline void dot_values(DecodeState& d, const Shape& s, const uint8_t* const* pages, int count, int row0, int chunk) {
   const int width = s.width(chunk);
   const int block_bytes = 32 * s.tiles * 4;
-  const int group = 64 * chunk / s.args.value_group, group_stride = TWO ? d.probs_group() : 0;
+  const int group = 64 * chunk / s.format.value_group, group_stride = TWO ? d.probs_group() : 0;
   const int32_t* probs = d.probs + group * d.probs_group() + row0 * 16;
   F factor[ROWS], decay[ROWS];
   for (int row = 0; row < ROWS; row++) {
     alignas(64) float lanes[kLanes];
     for (int i = 0; i < kLanes; i++) {
-      const int of_lane = min_of(64 * chunk + 16 * (i >> 2), s.dim - 1) / s.args.value_group;
+      const int of_lane = min_of(64 * chunk + 16 * (i >> 2), s.dim - 1) / s.format.value_group;
       lanes[i] = d.factor[(row0 + row) * s.value_groups + of_lane];
     }
     factor[row] = load_f(lanes);
@@ -374,7 +374,7 @@ inline void dot_values(DecodeState& d, const Shape& s, const uint8_t* const* pag
     // Not unrolled: one pointer and fixed distances are all that the registers left over can hold.
     const int32_t* p = probs;
     for (int page = 0; page < count; page++) {
-      const uint8_t* row_of_codes = pages[page] + s.args.v_codes + chunk * 512 + g * 16 * width;
+      const uint8_t* row_of_codes = pages[page] + s.format.v_codes + chunk * 512 + g * 16 * width;
       _Pragma("GCC unroll 1") for (int block = 0; block < 4; block++, p += 16 * d.rows, row_of_codes += block_bytes) {
         const I w = transpose_quarters(load_row(row_of_codes, width));
         const I mask = set_i(0x03030303);
@@ -410,7 +410,7 @@ inline void chunk_values(DecodeState& d, const Shape& s, const uint8_t* const* p
 
 inline void values(DecodeState& d, const Shape& s, const uint8_t* const* pages, int count) {
   for (int chunk = 0; chunk < s.chunks; chunk++) {
-    if (s.args.value_group == 32 && s.width(chunk) > 2) chunk_values<true>(d, s, pages, count, chunk);
+    if (s.format.value_group == 32 && s.width(chunk) > 2) chunk_values<true>(d, s, pages, count, chunk);
     else chunk_values<false>(d, s, pages, count, chunk);
   }
 }
@@ -419,7 +419,7 @@ inline void values(DecodeState& d, const Shape& s, const uint8_t* const* pages, 
 template <int BITS>
 inline void decode_pages(DecodeState& d, const Shape& s, const uint8_t* const* pages, int count, bool first, int tokens,
                          const uint8_t* const* next, int next_count) {
-  d.prefetch.begin(next, next_count, s.args.page_bytes, 8 * s.chunks + 2 * s.words * count);
+  d.prefetch.begin(next, next_count, s.format.page_bytes, 8 * s.chunks + 2 * s.words * count);
   for (int i = 0; i < count; i++) page_logits<BITS>(d, s, pages[i], first && i == 0, d.logits + i * kPage);
   softmax(d, tokens, count * kPage);
   round_probabilities(d, s, pages, tokens, count * kPage);
@@ -437,7 +437,7 @@ inline void end_decode(const DecodeState& d, const Shape& s, float* out) {
         const int channel = 16 * (4 * chunk + i);
         const I* t = lanes + 4 * i;
         const F sum = as_float(t[0]) + as_float(t[1]) + (as_float(t[2]) + as_float(t[3]));
-        const F zero = set_f(d.zeros[row * s.value_groups + channel / s.args.value_group]);
+        const F zero = set_f(d.zeros[row * s.value_groups + channel / s.format.value_group]);
         store(out + row * s.dim + channel, even_then_odd(sum) + zero);
       }
     }

@@ -202,8 +202,9 @@ class Fp32Tiles {
 
   static size_t bytes(const Shape& s) { return 2 * Scratch::padded(4 * kTile * s.dim); }
 
-  Fp32Tiles(Scratch& scratch, const Shape& shape, const DenseState& state)
-      : s(shape), d(state), keys_(scratch.take<float>(kTile * s.dim)), values_(scratch.take<float>(kTile * s.dim)) {}
+  Fp32Tiles(Scratch& scratch, const Shape& shape, const DenseState& state, int dtype)
+      : s(shape), d(state), dtype_(dtype), keys_(scratch.take<float>(kTile * s.dim)),
+        values_(scratch.take<float>(kTile * s.dim)) {}
 
   // [row][dim], scaled, for the pages or the tokens that follow.
   void set_rotated_query(const float* query) { query_ = query; }
@@ -217,8 +218,8 @@ class Fp32Tiles {
   // Tokens of the model, wherever they are.
   template <class Visible>
   void tokens(const void* const* keys, const void* const* values, int count, Visible visible) const {
-    stage_keys(keys, count, s.args.dtype, s.dim, keys_);
-    stage_values(values, count, s.args.dtype, s.dim, values_);
+    stage_keys(keys, count, dtype_, s.dim, keys_);
+    stage_values(values, count, dtype_, s.dim, values_);
     attend(keys_, values_, count, visible);
   }
 
@@ -232,6 +233,7 @@ class Fp32Tiles {
 
   const Shape& s;
   const DenseState& d;
+  const int dtype_;
   float *keys_, *values_;
   const float* query_ = nullptr;
 };
@@ -314,11 +316,11 @@ inline void token_products(const DenseState& d, int dim, const float* query, con
 }
 
 template <class Visible>
-inline void token_tile(const DenseState& d, const Shape& s, const float* query, const void* const* keys,
+inline void token_tile(const DenseState& d, const Shape& s, int dtype, const float* query, const void* const* keys,
                        const void* const* values, int count, Visible visible) {
-  const auto product = s.args.dtype == OSCAR_BF16   ? token_products<OSCAR_BF16>
-                       : s.args.dtype == OSCAR_FP16 ? token_products<OSCAR_FP16>
-                                                    : token_products<OSCAR_FP32>;
+  const auto product = dtype == OSCAR_BF16   ? token_products<OSCAR_BF16>
+                       : dtype == OSCAR_FP16 ? token_products<OSCAR_FP16>
+                                             : token_products<OSCAR_FP32>;
   product(d, s.dim, query, keys, values, count);
   soften(d, s, count, visible, ScoresAreLogits());
   product(d, s.dim, nullptr, keys, values, count);

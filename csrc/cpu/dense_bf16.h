@@ -11,14 +11,15 @@
 
 #include "dense.h"
 #include "multiply.h"
+#include "oscar_cpu.h"
 
 namespace {
 
 // Null: products are in fp32.
-inline MultiplyBf16 multiply_bf16_of(const OscarArgs& a, bool pages) {
-  if (a.dtype != OSCAR_BF16) return nullptr;
-  if (pages && a.key_param_bytes != 1) return nullptr;  // keys from fp16 parameters are no bf16 numbers
-  return a.isa == OSCAR_AMX ? oscar_multiply_amx : a.isa == OSCAR_AVX512_BF16 ? oscar_multiply_avx512_bf16 : nullptr;
+inline MultiplyBf16 multiply_bf16_of(int isa, int dtype, const OscarFormat& format, bool pages) {
+  if (dtype != OSCAR_BF16) return nullptr;
+  if (pages && format.key_param_bytes != 1) return nullptr;  // keys from fp16 parameters are no bf16 numbers
+  return isa == OSCAR_AMX ? oscar_multiply_amx : isa == OSCAR_AVX512_BF16 ? oscar_multiply_avx512_bf16 : nullptr;
 }
 
 // Sixteen words of two bf16 numbers.
@@ -56,8 +57,9 @@ class Bf16Tiles {
     return 2 * pad(2 * padded * depth) + pad(2 * padded * kTile) + pad(2 * kTile * depth) + pad(2 * kTile * s.dim);
   }
 
-  Bf16Tiles(Scratch& scratch, const Shape& shape, const DenseState& state, MultiplyBf16 product)
-      : s(shape), d(state), multiply_(product), depth_((s.dim + 31) / 32 * 32), scale_(s.args.scale * kLog2e) {
+  // scale: of scores, to logits to base two.
+  Bf16Tiles(Scratch& scratch, const Shape& shape, const DenseState& state, float scale, MultiplyBf16 product)
+      : s(shape), d(state), multiply_(product), depth_((s.dim + 31) / 32 * 32), scale_(scale) {
     const int rows = (d.rows + 15) / 16 * 16;
     query_ = scratch.take<uint16_t>(rows * depth_);
     rest_ = scratch.take<uint16_t>(rows * depth_);
@@ -84,7 +86,7 @@ class Bf16Tiles {
            [&](F x, int i) { return x * (load_f(params.norms + i) * set_f(scale_)); });
     for (int group = 0; group < s.value_groups; group++) {
       const float *scale = params.v_scale + group * kPage, *zero = params.v_zero + group * kPage;
-      const int begin = group * s.args.value_group, channels = min_of(s.args.value_group, s.dim - begin);
+      const int begin = group * s.format.value_group, channels = min_of(s.format.value_group, s.dim - begin);
       add_middles(scale, zero, count, begin, channels);
       add_values(count, begin, channels, [&](F p, int i) { return p * load_f(scale + i); });
     }

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "multiply.h"
+#include "oscar/step.h"
 #include "oscar_cpu.h"
 
 extern "C" int32_t oscar_cpu_isas() {
@@ -21,36 +22,41 @@ extern "C" int32_t oscar_cpu_isas() {
   return isas;
 }
 
-extern "C" int32_t oscar_cpu_args_size() { return sizeof(OscarArgs); }
+extern "C" void oscar_cpu_sizes(int32_t sizes[3]) {
+  sizes[0] = sizeof(OscarStoreParams);
+  sizes[1] = sizeof(OscarAttentionParams);
+  sizes[2] = sizeof(OscarCpuRun);
+}
 
-static const OscarKernels& kernels(int32_t isa) {
+static const OscarKernels& kernels(const OscarCpuRun& run) {
 #if defined(__x86_64__)
-  if (isa >= OSCAR_AVX512) return oscar_kernels_avx512;
-  if (isa == OSCAR_AVX2) return oscar_kernels_avx2;
+  if (run.isa >= OSCAR_AVX512) return oscar_kernels_avx512;
+  if (run.isa == OSCAR_AVX2) return oscar_kernels_avx2;
 #endif
   return oscar_kernels_portable;
 }
 
-extern "C" int32_t oscar_cpu_attention(const OscarArgs* args) { return kernels(args->isa).attention(*args); }
-extern "C" int32_t oscar_cpu_store_pages(const OscarArgs* args) { return kernels(args->isa).store_pages(*args); }
+extern "C" int32_t oscar_cpu_store_pages(const OscarStoreParams* params, const OscarCpuRun* run) {
+  return kernels(*run).store_pages(*params, *run);
+}
 
-extern "C" int32_t oscar_cpu_write_ring(const OscarArgs* args) {
-  const OscarArgs& a = *args;
-  const int item = a.dtype == OSCAR_FP32 ? 4 : 2;
-  const int capacity = a.ring_tokens * a.ring_pages;
-  const size_t bytes = static_cast<size_t>(a.head_dim) * item;
-#pragma omp parallel for schedule(static) num_threads(a.threads) if (a.threads > 1 && a.requests > 8)
-  for (int r = 0; r < a.requests; r++) {
-    const int begin = a.query_start_loc[r], end = a.query_start_loc[r + 1];
-    const int context = a.seq_lens[r] - (end - begin);
-    for (int64_t row = end - begin > capacity ? end - capacity : begin; row < end; row++) {
-      const int slot = static_cast<int>((row - begin + context) % capacity);
-      const int64_t page = a.ring_table[r * a.ring_table_row + slot / a.ring_tokens];
-      uint8_t* to = a.ring + page * a.ring_stride + slot % a.ring_tokens * 2 * bytes;
-      for (int head = 0; head < a.heads; head++, to += a.ring_head) {
-        memcpy(to, static_cast<const char*>(a.key) + (row * a.key_token + head * a.key_head) * item, bytes);
-        memcpy(to + bytes, static_cast<const char*>(a.value) + (row * a.value_token + head * a.value_head) * item,
-               bytes);
+extern "C" int32_t oscar_cpu_attention(const OscarAttentionParams* params, const OscarCpuRun* run) {
+  return kernels(*run).attention(*params, *run);
+}
+
+extern "C" int32_t oscar_cpu_write_ring(const OscarStoreParams* params, const OscarCpuRun* run) {
+  const OscarStep& step = params->step;
+  const OscarCache& cache = params->cache;
+  const int bytes = cache.format.head_dim * (params->dtype == OSCAR_FP32 ? 4 : 2);
+  const int per_page = cache.format.ring_tokens, capacity = per_page * cache.ring_pages;
+#pragma omp parallel for schedule(static) num_threads(run->threads) if (run->threads > 1 && step.requests > 8)
+  for (int r = 0; r < step.requests; r++) {
+    const oscar::StepTokens q(step, r);
+    for (int i = q.query_len > capacity ? q.query_len - capacity : 0; i < q.query_len; i++) {
+      uint8_t* to = oscar::ring_token(cache, oscar::ring_row(step, r), 0, q.context + i, per_page, 2 * bytes);
+      for (int head = 0; head < cache.kv_heads; head++, to += cache.ring_head) {
+        memcpy(to, oscar::token_address(params->key, q.begin + i, head), bytes);
+        memcpy(to + bytes, oscar::token_address(params->value, q.begin + i, head), bytes);
       }
     }
   }

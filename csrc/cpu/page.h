@@ -2,13 +2,13 @@
 // Reading a page (vllm_oscar/core/format.py): shape, parameters, code planes.
 #pragma once
 
-#include "oscar_cpu.h"
+#include "oscar/step.h"
 #include "scratch.h"
 #include "simd.h"
 
 namespace {
 
-constexpr int kPage = 128;  // tokens
+constexpr int kPage = oscar::kPageTokens;
 constexpr int kMaxDim = 256;
 constexpr int kMaxValueGroups = kMaxDim / 32;
 
@@ -19,17 +19,17 @@ inline int pair_of(int channel, int tiles) {
 }
 
 struct Shape {
-  explicit Shape(const OscarArgs& a)
-      : args(a), dim(a.head_dim), tiles(dim / 16), chunks((tiles + 3) / 4), words(dim / 4),
-        quads((words + 15) / 16 * 16), key_groups(kPage / a.key_group),
-        value_groups((dim + a.value_group - 1) / a.value_group) {
+  explicit Shape(const OscarFormat& f)
+      : format(f), dim(f.head_dim), tiles(dim / 16), chunks((tiles + 3) / 4), words(dim / 4),
+        quads((words + 15) / 16 * 16), key_groups(kPage / f.key_group),
+        value_groups((dim + f.value_group - 1) / f.value_group) {
     for (int c = 0; c < dim; c++) {
       const int pair = pair_of(c, tiles);
       place[c] = static_cast<int16_t>(((c & 1) * 2 + ((pair >> 1) & 1)) * quads + (pair >> 2) * 2 + (pair & 1));
     }
   }
 
-  const OscarArgs& args;
+  const OscarFormat& format;
   int dim, tiles, chunks;  // chunks of four 16-channel tiles
   int words;               // key words per token lane: a word has four channels of a token
   int quads;               // as many, rounded up to whole vectors: see Quads
@@ -66,11 +66,11 @@ inline void load_quads(const uint8_t* p, int bytes, const Shape& s, Quads& out) 
 
 // ---- parameters of tokens, in token order -----------------------------------------------------
 inline void load_norms(const uint8_t* page, const Shape& s, float* norms) {
-  if (s.args.norm == OSCAR_NORM_NONE) {
+  if (s.format.norm == OSCAR_NORM_NONE) {
     for (int i = 0; i < kPage; i++) norms[i] = 1.0f;
     return;
   }
-  const uint8_t* p = page + s.args.norms;
+  const uint8_t* p = page + s.format.norms;
   for (int i = 0; i < kPage; i += 32) {  // two tiles of 16 tokens, [g][j0] each
     const I raw = load_i(p + 2 * i);
     store(norms + i, even_then_odd(fp16_half<false>(raw)));
@@ -81,7 +81,7 @@ inline void load_norms(const uint8_t* page, const Shape& s, float* norms) {
 // Value scales and zeros: [group][token], groups `stride` apart.
 inline void load_value_params(const uint8_t* page, const Shape& s, int stride, float* scale, float* zero) {
   const int groups = s.value_groups;
-  const uint8_t *ps = page + s.args.v_scale, *pz = page + s.args.v_zero;
+  const uint8_t *ps = page + s.format.v_scale, *pz = page + s.format.v_zero;
   for (int group = 0; group < groups; group++)
     for (int i = 0; i < kPage; i += 32) {  // two tiles of 16 tokens: pairs of tokens [t][b] each
       I raw[2];
@@ -103,7 +103,7 @@ inline void load_value_params(const uint8_t* page, const Shape& s, int stride, f
 }
 
 inline int key_group_of(const Shape& s, int token, bool first_page) {
-  return first_page && s.args.exact_first_key ? 0 : token / s.args.key_group;
+  return first_page && s.format.exact_first_key ? 0 : token / s.format.key_group;
 }
 
 // ---- key codes -----------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ inline void turn_plane(const uint8_t* rows, const Shape& s, I* out) {
 template <int BITS>
 inline void turn_keys(const uint8_t* page, const Shape& s, I* planes) {
   const int64_t pair_bytes = 2 * 32 * s.tiles * 4;
-  const uint8_t *low = page + s.args.k_codes, *high = page + s.args.k_high;
+  const uint8_t *low = page + s.format.k_codes, *high = page + s.format.k_high;
   turn_plane<false>(low, s, planes);
   turn_plane<false>(low + pair_bytes, s, planes + s.words);
   if (BITS > 2) turn_plane<true>(high, s, planes + 2 * s.words);
@@ -218,9 +218,9 @@ inline void dequantize_page(const uint8_t* page, const Shape& s, bool first, int
       const int begin = 64 * pair + 32 * block;
       const int group = key_group_of(s, begin, first);
       if (group != loaded) {
-        const uint8_t* p = page + s.args.k_params + group * 2 * s.dim * s.args.key_param_bytes;
-        load_quads(p, s.args.key_param_bytes, s, scale);
-        load_quads(p + s.dim * s.args.key_param_bytes, s.args.key_param_bytes, s, zero);
+        const uint8_t* p = page + s.format.k_params + group * 2 * s.dim * s.format.key_param_bytes;
+        load_quads(p, s.format.key_param_bytes, s, scale);
+        load_quads(p + s.dim * s.format.key_param_bytes, s.format.key_param_bytes, s, zero);
         loaded = group;
       }
       for (int r = 0; r < 2; r++) {
@@ -245,9 +245,9 @@ inline void dequantize_page(const uint8_t* page, const Shape& s, bool first, int
       }
     }
   }
-  if (first && s.args.exact_first_key && count) {
+  if (first && s.format.exact_first_key && count) {
     Quads exact;
-    load_quads(page + s.args.k_params + 2 * s.dim * s.args.key_param_bytes, 2, s, exact);
+    load_quads(page + s.format.k_params + 2 * s.dim * s.format.key_param_bytes, 2, s, exact);
     for (int c = 0; c < s.dim; c++) keys[c * kPage] = exact.v[s.place[c]] * (WHOLE ? params.norms[0] : 1.0f);
   }
 
@@ -255,10 +255,10 @@ inline void dequantize_page(const uint8_t* page, const Shape& s, bool first, int
   for (int block = 0; block < 4; block++)
     for (int chunk = 0; chunk < s.chunks; chunk++) {
       const int width = s.width(chunk);
-      const uint8_t* p = page + s.args.v_codes + (block * 32 * s.tiles + chunk * 128) * 4;
+      const uint8_t* p = page + s.format.v_codes + (block * 32 * s.tiles + chunk * 128) * 4;
       for (int t = 0; t < 4; t++)
         for (int i = 0; i < width; i++) {
-          const int channel = 16 * (4 * chunk + i), group = channel / s.args.value_group;
+          const int channel = 16 * (4 * chunk + i), group = channel / s.format.value_group;
           alignas(64) uint32_t lanes[kLanes];  // channel 8*j0 + g: the two halves share a word
           for (int g = 0; g < 8; g++) memcpy(lanes + g, p + ((4 * g + t) * width + i) * 4, 4);
           for (int g = 0; g < 8; g++) lanes[g + 8] = lanes[g] >> 2;

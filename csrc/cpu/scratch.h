@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memory of one thread, kept between calls: a decode step must not touch fresh pages.
+// Memory of one thread, kept between calls: a decode step must not touch fresh pages of memory.
 #pragma once
 
 #include <cstddef>
@@ -36,5 +36,7 @@ class Scratch {
   char* base_ = nullptr;
   size_t size_ = 0, used_ = 0;
 };
+
+thread_local Scratch thread_scratch;
 
 }  // namespace

@@ -3,7 +3,8 @@
 // differ from it only where a rotated element is a rounding tie.
 #pragma once
 
-#include "attention.h"
+#include "dense.h"
+#include "oscar_cpu.h"
 
 namespace {
 
@@ -67,19 +68,21 @@ OSCAR_INLINE I quantize(F x, F scale, F zero, int levels) {
 
 class Store {
  public:
-  explicit Store(const OscarArgs& args) : a(args), s(args) {}
+  Store(const OscarStoreParams& params, const OscarCpuRun& run)
+      : a(params), how(run), step(a.step), cache(a.cache), format(cache.format), s(format),
+        head_bytes(s.dim * item_bytes(a.dtype)) {}
 
   int32_t run() {
     if (!plan()) return 1;
     int failed = 0;
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1 && count_ * a.heads > 1) reduction(| : failed)
+#pragma omp parallel num_threads(how.threads) if (how.threads > 1 && count_ * cache.kv_heads > 1) reduction(| : failed)
     {
       const bool ready = thread_scratch.reserve(scratch_bytes());
       if (!ready) failed = 1;
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < count_ * a.heads; i++) {
+      for (int64_t i = 0; i < count_ * cache.kv_heads; i++) {
         thread_scratch.reserve(0);
-        if (ready) encode(blocks_[i / a.heads], static_cast<int>(i % a.heads));
+        if (ready) encode(blocks_[i / cache.kv_heads], static_cast<int>(i % cache.kv_heads));
       }
     }
     free(blocks_);
@@ -90,8 +93,13 @@ class Store {
   struct Block {
     int32_t request, index;
   };
-  const OscarArgs& a;
+  const OscarStoreParams& a;
+  const OscarCpuRun& how;
+  const OscarStep& step;
+  const OscarCache& cache;
+  const OscarFormat& format;
   const Shape s;
+  const int head_bytes;  // of a model token
   Block* blocks_ = nullptr;
   int64_t count_ = 0;
 
@@ -102,10 +110,11 @@ class Store {
 
   template <class Emit>
   void enumerate(Emit emit) const {
-    for (int r = 0; r < a.requests; r++) {
-      const Request q(a, r);
-      if (q.tokens <= 0) continue;
-      for (int index = q.context / kPage; (index + 1) * kPage <= q.context + q.tokens; index++) emit(Block{r, index});
+    for (int r = 0; r < step.requests; r++) {
+      const oscar::StepTokens q(step, r);
+      if (q.query_len <= 0) continue;
+      const int end = q.context + q.query_len;
+      for (int index = q.context / kPage; (index + 1) * kPage <= end; index++) emit(Block{r, index});
     }
   }
 
@@ -119,20 +128,19 @@ class Store {
   }
 
   // Where a token of the block is: ring before the step's own.
-  const void* token(const Request& q, const Block& block, int i, int head, bool value) const {
+  const void* token(const oscar::StepTokens& q, const Block& block, int i, int head, bool value) const {
     const int position = block.index * kPage + i;
-    if (position < q.context) {
-      const void* key = ring_token(a, block.request, position, head);
-      return value ? offset(key, s.dim, a.dtype) : key;
-    }
-    const int64_t row = q.begin + position - q.context;
-    return value ? offset(a.value, row * a.value_token + head * a.value_head, a.dtype)
-                 : offset(a.key, row * a.key_token + head * a.key_head, a.dtype);
+    if (position >= q.context)
+      return oscar::token_address(value ? a.value : a.key, q.begin + position - q.context, head);
+    const int32_t* row = oscar::ring_row(step, block.request);
+    const uint8_t* key = oscar::ring_token(cache, row, head, position, format.ring_tokens, 2 * head_bytes);
+    return value ? key + head_bytes : key;
   }
 
-  void load_rotated(const Request& q, const Block& block, int head, bool value, float* plain, float* rotated) const {
+  void load_rotated(const oscar::StepTokens& q, const Block& block, int head, bool value, float* plain,
+                    float* rotated) const {
     for (int i = 0; i < kPage; i++) load_token(token(q, block, i, head, value), a.dtype, s.dim, plain + i * s.dim);
-    rotate(plain, a.hadamard, s.dim, kPage, rotated);
+    rotate(plain, how.hadamard, s.dim, kPage, rotated);
   }
 
   static float squares(const float* x, int dim) {
@@ -142,41 +150,40 @@ class Store {
   }
 
   void encode(const Block& block, int head) {
-    const Request q(a, block.request);
-    const int64_t number = a.block_table[block.request * a.block_table_row + block.index];
-    uint8_t* page = a.pages + number * a.page_stride + head * a.page_head;
+    const oscar::StepTokens q(step, block.request);
+    uint8_t* page = oscar::page_address(cache, oscar::page_row(step, block.request)[block.index], head);
     float* plain = thread_scratch.take<float>(kPage * s.dim);
     float* rotated = thread_scratch.take<float>(kPage * s.dim);
     uint8_t* codes = thread_scratch.take<uint8_t>(kPage * s.dim);
     float* work = thread_scratch.take<float>(4 * s.dim);
-    memset(page + a.norms + (a.norm != OSCAR_NORM_NONE ? 2 * kPage : 0), 0,
-           a.page_bytes - a.norms - (a.norm != OSCAR_NORM_NONE ? 2 * kPage : 0));
+    const int used = format.norms + (format.norm != OSCAR_NORM_NONE ? 2 * kPage : 0);
+    memset(page + used, 0, format.page_bytes - used);
 
     float square[kPage];
-    if (a.norm == OSCAR_NORM_JOINT) {  // rotations keep norms, so the heads need not be rotated here
+    if (format.norm == OSCAR_NORM_JOINT) {  // rotations keep norms, so the heads need not be rotated here
       for (int i = 0; i < kPage; i++) square[i] = 0;
-      for (int h = 0; h < a.heads; h++)
+      for (int h = 0; h < cache.kv_heads; h++)
         for (int i = 0; i < kPage; i++) {
           load_token(token(q, block, i, h, false), a.dtype, s.dim, plain);
           square[i] += squares(plain, s.dim);
         }
     }
     load_rotated(q, block, head, false, plain, rotated);
-    if (a.norm == OSCAR_NORM_HEAD)
+    if (format.norm == OSCAR_NORM_HEAD)
       for (int i = 0; i < kPage; i++) square[i] = squares(rotated + i * s.dim, s.dim);
-    if (a.norm != OSCAR_NORM_NONE) normalise(rotated, square, page);
-    encode_keys(rotated, block.index == 0 && a.exact_first_key, page, codes, work);
+    if (format.norm != OSCAR_NORM_NONE) normalise(rotated, square, page);
+    encode_keys(rotated, block.index == 0 && format.exact_first_key, page, codes, work);
 
     load_rotated(q, block, head, true, plain, rotated);
     encode_values(rotated, page, codes);
   }
 
   void normalise(float* keys, const float* square, uint8_t* page) const {
-    const float count = static_cast<float>(s.dim) * (a.norm == OSCAR_NORM_JOINT ? a.heads : 1);
+    const float count = static_cast<float>(s.dim) * (format.norm == OSCAR_NORM_JOINT ? cache.kv_heads : 1);
     for (int i = 0; i < kPage; i++) {
       const uint16_t h = to_fp16(clamp(__builtin_sqrtf(square[i] / count), 65504.0f));
       const float norm = from_fp16(h);
-      memcpy(page + a.norms + 2 * ((i >> 4) * 16 + (i & 7) * 2 + ((i >> 3) & 1)), &h, 2);
+      memcpy(page + format.norms + 2 * ((i >> 4) * 16 + (i & 7) * 2 + ((i >> 3) & 1)), &h, 2);
       float* row = keys + i * s.dim;
       for (int c = 0; c < s.dim; c += 16)
         store(row + c, norm > 0 ? load_f(row + c) / set_f(norm) : zero_f());
@@ -184,10 +191,10 @@ class Store {
   }
 
   void encode_keys(const float* unit, bool first, uint8_t* page, uint8_t* codes, float* work) const {
-    const int dim = s.dim, bytes = a.key_param_bytes, levels = (1 << a.key_bits) - 1;
+    const int dim = s.dim, bytes = format.key_param_bytes, levels = (1 << format.key_bits) - 1;
     float *low = work, *high = work + dim, *scale = work + 2 * dim, *zero = work + 3 * dim;
     for (int group = 0; group < s.key_groups; group++) {
-      const int begin = group * a.key_group, end = begin + a.key_group;
+      const int begin = group * format.key_group, end = begin + format.key_group;
       // In a first page every token but the first shapes the one range that serves all groups.
       const int from = first ? 1 : begin, to = first ? kPage : end;
       for (int c = 0; c < dim; c += 16) {
@@ -200,10 +207,10 @@ class Store {
         store(low + c, lo);
         store(high + c, hi);
       }
-      uint8_t* params = page + a.k_params + group * 2 * dim * bytes;
+      uint8_t* params = page + format.k_params + group * 2 * dim * bytes;
       for (int c = 0; c < dim; c++) {
         Param sc, ze;
-        affine_params(low[c], high[c], levels, a.key_clip, a.integer_zero, bytes, sc, ze);
+        affine_params(low[c], high[c], levels, format.key_clip, format.integer_zero, bytes, sc, ze);
         const int place = 2 * pair_of(c, s.tiles) + (c & 1);
         memcpy(params + place * bytes, &sc.bits, bytes);
         memcpy(params + (dim + place) * bytes, &ze.bits, bytes);
@@ -212,7 +219,7 @@ class Store {
       for (int i = begin; i < end; i++) quantize_row(unit + i * dim, scale, zero, levels, codes + i * dim);
     }
     if (first) {
-      uint8_t* exact = page + a.k_params + 2 * dim * bytes;
+      uint8_t* exact = page + format.k_params + 2 * dim * bytes;
       for (int c = 0; c < dim; c++) {
         const uint16_t h = to_fp16(clamp(unit[c], 65504.0f));
         memcpy(exact + 2 * (2 * pair_of(c, s.tiles) + (c & 1)), &h, 2);
@@ -250,12 +257,12 @@ class Store {
               high |= (code >> 2) << 2 * slot;
             }
             const int64_t at = word_at(tile, g, t);
-            memcpy(page + a.k_codes + block * block_bytes + at, &low, 4);
-            if (a.key_bits == 4) {
+            memcpy(page + format.k_codes + block * block_bytes + at, &low, 4);
+            if (format.key_bits == 4) {
               high = high << 2 | high >> 30;
-              memcpy(page + a.k_high + block * block_bytes + at, &high, 4);
-            } else if (a.key_bits == 3) {  // two blocks share a word
-              uint8_t* p = page + a.k_high + (block >> 1) * block_bytes + at;
+              memcpy(page + format.k_high + block * block_bytes + at, &high, 4);
+            } else if (format.key_bits == 3) {  // two blocks share a word
+              uint8_t* p = page + format.k_high + (block >> 1) * block_bytes + at;
               uint32_t both = 0;
               if (block & 1) {
                 memcpy(&both, p, 4);
@@ -271,7 +278,7 @@ class Store {
     const int dim = s.dim, groups = s.value_groups;
     for (int i = 0; i < kPage; i++)
       for (int group = 0; group < groups; group++) {
-        const int begin = group * a.value_group, end = min_of(dim, begin + a.value_group);
+        const int begin = group * format.value_group, end = min_of(dim, begin + format.value_group);
         F lo = load_f(value + i * dim + begin), hi = lo;
         for (int c = begin + 16; c < end; c += 16) {
           const F x = load_f(value + i * dim + c);
@@ -287,10 +294,10 @@ class Store {
           high = lanes[1][k] > high || lanes[1][k] != lanes[1][k] ? lanes[1][k] : high;
         }
         Param scale, zero;
-        affine_params(low, high, 3, a.value_clip, a.integer_zero, 2, scale, zero);
+        affine_params(low, high, 3, format.value_clip, format.integer_zero, 2, scale, zero);
         const int tile = i >> 4, b = (i >> 3) & 1, t = (i >> 1) & 3, half = i & 1;
-        memcpy(page + a.v_scale + 4 * (((tile * 4 + t) * groups + group) * 2 + b) + 2 * half, &scale.bits, 2);
-        memcpy(page + a.v_zero + 4 * (((tile * groups + group) * 4 + t) * 2 + b) + 2 * half, &zero.bits, 2);
+        memcpy(page + format.v_scale + 4 * (((tile * 4 + t) * groups + group) * 2 + b) + 2 * half, &scale.bits, 2);
+        memcpy(page + format.v_zero + 4 * (((tile * groups + group) * 4 + t) * 2 + b) + 2 * half, &zero.bits, 2);
         for (int c = begin; c < end; c += 16) {
           int32_t out[kLanes];
           store(out, quantize(load_f(value + i * dim + c), set_f(scale.value), set_f(zero.value), 3));
@@ -308,7 +315,7 @@ class Store {
                   codes[(32 * block + 16 * r + 8 * j1 + 2 * t + half) * dim + 16 * tile + 8 * j0 + g];
               word |= code << 2 * slot;
             }
-            memcpy(page + a.v_codes + block * 32 * s.tiles * 4 + word_at(tile, g, t), &word, 4);
+            memcpy(page + format.v_codes + block * 32 * s.tiles * 4 + word_at(tile, g, t), &word, 4);
           }
   }
 };

@@ -1,39 +1,48 @@
 // SPDX-License-Identifier: Apache-2.0
-// C ABI: dispatch by head size, errors.
+// The C functions of oscar/launch.h.
 #include <cuda_runtime.h>
 
-#include "oscar/abi.h"
+#include "oscar/launch.h"
 
 namespace oscar {
 template <int HeadDim>
-int attention(const OscarAttentionArgs& args, cudaStream_t stream);
+int attention(const OscarAttentionParams& params, const OscarLaunch& launch, cudaStream_t stream);
 template <int HeadDim>
-int attention_workspace(const OscarAttentionArgs& args, int64_t& bytes);
+int attention_workspace(const OscarAttentionParams& params, const OscarLaunch& launch, int64_t& bytes);
+int store_pages(const OscarStoreParams& params, cudaStream_t stream);
+int write_ring(const OscarStoreParams& params, cudaStream_t stream);
+int probe();
 }  // namespace oscar
 
-extern "C" int oscar_attention_workspace(const OscarAttentionArgs* args, int64_t* bytes) {
-  switch (args->format.head_dim) {
-    case 64: return oscar::attention_workspace<64>(*args, *bytes);
-    case 128: return oscar::attention_workspace<128>(*args, *bytes);
-    case 256: return oscar::attention_workspace<256>(*args, *bytes);
-    default: return OSCAR_UNSUPPORTED_FORMAT;
-  }
+extern "C" int oscar_store_pages(const OscarStoreParams* params, void* stream) {
+  return oscar::store_pages(*params, static_cast<cudaStream_t>(stream));
 }
 
-extern "C" int oscar_attention(const OscarAttentionArgs* args, void* stream) {
+extern "C" int oscar_attention(const OscarAttentionParams* params, const OscarLaunch* launch, void* stream) {
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  switch (args->format.head_dim) {
-    case 64: return oscar::attention<64>(*args, on);
-    case 128: return oscar::attention<128>(*args, on);
-    case 256: return oscar::attention<256>(*args, on);
+  switch (params->cache.format.head_dim) {
+    case 64: return oscar::attention<64>(*params, *launch, on);
+    case 128: return oscar::attention<128>(*params, *launch, on);
+    case 256: return oscar::attention<256>(*params, *launch, on);
     default: return OSCAR_UNSUPPORTED_FORMAT;
   }
 }
 
-extern "C" void oscar_abi_sizes(int32_t* attention_args, int32_t* store_args) {
-  *attention_args = sizeof(OscarAttentionArgs);
-  *store_args = sizeof(OscarStoreArgs);
+extern "C" int oscar_write_ring(const OscarStoreParams* params, void* stream) {
+  return oscar::write_ring(*params, static_cast<cudaStream_t>(stream));
 }
+
+extern "C" int oscar_attention_workspace(const OscarAttentionParams* params, const OscarLaunch* launch,
+                                         int64_t* bytes) {
+  switch (params->cache.format.head_dim) {
+    case 64: return oscar::attention_workspace<64>(*params, *launch, *bytes);
+    case 128: return oscar::attention_workspace<128>(*params, *launch, *bytes);
+    case 256: return oscar::attention_workspace<256>(*params, *launch, *bytes);
+    default: return OSCAR_UNSUPPORTED_FORMAT;
+  }
+}
+
+extern "C" int oscar_probe() { return oscar::probe(); }
 
 extern "C" const char* oscar_error_string(int code) {
   switch (code) {
@@ -43,4 +52,10 @@ extern "C" const char* oscar_error_string(int code) {
     case OSCAR_BAD_ARGUMENT: return "bad launch argument";
     default: return cudaGetErrorString(static_cast<cudaError_t>(code));
   }
+}
+
+extern "C" void oscar_sizes(int32_t sizes[3]) {
+  sizes[0] = sizeof(OscarStoreParams);
+  sizes[1] = sizeof(OscarAttentionParams);
+  sizes[2] = sizeof(OscarLaunch);
 }

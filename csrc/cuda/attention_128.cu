@@ -2,6 +2,6 @@
 #include "oscar/attention_launch.cuh"
 
 namespace oscar {
-template int attention<128>(const OscarAttentionArgs&, cudaStream_t);
-template int attention_workspace<128>(const OscarAttentionArgs&, int64_t&);
+template int attention<128>(const OscarAttentionParams&, const OscarLaunch&, cudaStream_t);
+template int attention_workspace<128>(const OscarAttentionParams&, const OscarLaunch&, int64_t&);
 }  // namespace oscar

@@ -193,12 +193,22 @@ inline unsigned atomicAdd(unsigned* x, unsigned by) {
   *x += by;
   return before;
 }
+inline int atomicCAS(int* x, int expected, int desired) {
+  const int before = *x;
+  if (before == expected) *x = desired;
+  return before;
+}
 template <class T>
 T __ldcg(const T* x) { return *x; }
+inline void __trap() {
+  std::fprintf(stderr, "emulator: trap\n");
+  std::abort();
+}
 
 // ---- arithmetic ------------------------------------------------------------------------
 using std::max;
 using std::min;
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, int by) {
   return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (by & 31));

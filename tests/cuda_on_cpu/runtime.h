@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Enough of the CUDA runtime for csrc/include/oscar/attention_launch.cuh: a small device whose
+// Enough of the CUDA runtime for csrc/include/oscar/device.cuh: a small device whose
 // kernels run when they are launched.
 #pragma once
 

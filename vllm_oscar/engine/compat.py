@@ -140,7 +140,7 @@ def register_tail_spec() -> None:
     """Tell the block manager how the ring is allocated."""
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-    from vllm_oscar.engine.tail import OscarTailManager, OscarTailSpec
+    from vllm_oscar.engine.scheduler import OscarTailManager, OscarTailSpec
 
     # Registering into an empty registry would keep vLLM from adding its own specs.
     KVCacheSpecRegistry._ensure_registered()

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
-from vllm.config import get_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
@@ -12,24 +14,48 @@ from vllm_oscar.core import envs
 from vllm_oscar.core.config import get_preset
 from vllm_oscar.core.format import PageFormat
 from vllm_oscar.core.lossless import LosslessFormat
-from vllm_oscar.engine.metadata import OscarMetadata
-from vllm_oscar.engine.tail import OscarTail
-from vllm_oscar.ops import select as ops
+from vllm_oscar.engine.metadata import OscarMetadata, OscarTailMetadata
+from vllm_oscar.ops import select
+from vllm_oscar.ops.step import Cache, HostLengths, Limits, Step
 
 
-def current_format(head_dim: int):
+class Ring(Protocol):
+    """What a layer needs of its tail (:class:`vllm_oscar.engine.tail.OscarTail`).
+
+    Attributes:
+        prefix: name under which vLLM keeps the ring group's metadata.
+        pages: blocks of a request's ring.
+        kv_cache: the ring's memory, set by vLLM when it binds the KV cache.
+    """
+
+    prefix: str
+    pages: int
+    kv_cache: torch.Tensor
+
+
+def current_format(vllm_config: VllmConfig, head_dim: int) -> PageFormat | LosslessFormat:
     """Page layout for the engine that is being configured: preset, or the lossless test codec."""
-    vllm_config = get_current_vllm_config()
     name = vllm_config.cache_config.cache_dtype
     if envs.lossless_codec():
         return LosslessFormat(get_preset(name), head_dim, vllm_config.model_config.dtype.itemsize)
     return PageFormat.preset(name, head_dim)
 
 
+def _blocks(name: str, memory: torch.Tensor) -> torch.Tensor:
+    """vLLM's ``[blocks, heads, 128, bytes per token]`` as ``[blocks, heads, page_bytes]``, never a copy."""
+    try:
+        return memory.view(*memory.shape[:2], -1)
+    except RuntimeError:
+        raise ValueError(
+            f"the {name} of shape {list(memory.shape)} and strides {list(memory.stride())} do not hold the bytes of a "
+            "page one after the other; unset VLLM_KV_CACHE_LAYOUT"
+        ) from None
+
+
 class OscarImpl(AttentionImpl[OscarMetadata]):
     """Causal decoder attention over INT2 pages, the 16-bit ring and the step's own tokens."""
 
-    tail: OscarTail  # set when the layer's tail is created
+    tail: Ring  # set when the layer's tail is made
 
     def __init__(
         self,
@@ -64,19 +90,25 @@ class OscarImpl(AttentionImpl[OscarMetadata]):
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self.fmt = current_format(head_size)
         vllm_config = get_current_vllm_config()
+        self.fmt = current_format(vllm_config, head_size)
         device_type = vllm_config.device_config.device_type
-        self.ops = ops.select(device_type, self.fmt)
-        self.dense_prefill = ops.select_prefill(device_type, self.ops)
-        if self.dense_prefill:
-            self.dense_prefill.reserve(
-                self.fmt,
-                self.num_kv_heads,
-                vllm_config.model_config.dtype,
-                vllm_config.scheduler_config.max_num_batched_tokens,
-                torch.device(device_type, torch.accelerator.current_device_index()),
-            )
+        self.kernels = select.select(device_type, self.fmt)
+        self.limits = self._limits(vllm_config, device_type)
+        self.kernels.reserve(self.fmt, self.limits)
+        self._bound: tuple[torch.Tensor, torch.Tensor, Cache] | None = None
+
+    def _limits(self, vllm_config: VllmConfig, device_type: str) -> Limits:
+        index = torch.accelerator.current_device_index() if device_type != "cpu" else None
+        return Limits(
+            requests=vllm_config.scheduler_config.max_num_seqs,
+            tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+            decode_query_len=1 + vllm_config.num_speculative_tokens,
+            query_heads=self.num_heads,
+            kv_heads=self.num_kv_heads,
+            dtype=vllm_config.model_config.dtype,
+            device=torch.device(device_type, index),
+        )
 
     def forward(
         self,
@@ -90,52 +122,38 @@ class OscarImpl(AttentionImpl[OscarMetadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Store, attend, keep the tail. Shapes as in :mod:`vllm_oscar.ops.reference`.
+        """Store, attend, keep the tail. ``query``, ``output``: ``[T, Hq, D]``; ``key``, ``value``: ``[T, H, D]``.
 
-        The order holds for the whole batch: full blocks first, because another request
-        of this step may read them as a prefix hit; the ring last, because its slots
-        still hold tokens that this step reads.
+        Why in this order: :class:`vllm_oscar.ops.step.Kernels`.
         """
         if attn_metadata is None:  # memory profiling
             return output.fill_(0)
-        step, tail = attn_metadata, self._tail_metadata()
-        rows = slice(step.num_actual_tokens)
-        query, key, value, out = query[rows], key[rows], value[rows], output[rows]
-        pages, ring = kv_cache.flatten(2), self.tail.kv_cache.flatten(2)
-        tables = (step.block_table, tail.block_table)
-        lengths = (step.query_start_loc, step.seq_lens)
-        ring_pages, fmt, longest = self.tail.pages, self.fmt, step.max_query_len
-
-        self.ops.store_pages(key, value, pages, ring, *tables, *lengths, ring_pages, fmt, max_query_len=longest)
-        new = (out, query, key, value, pages, ring)
-        if self.dense_prefill and step.prefills:
-            self._attend_mixed(new, tables, lengths, tail.ring_start, step)
-        else:
-            self.ops.attention(
-                *new, *tables, *lengths, tail.ring_start, ring_pages, self.scale, fmt, max_query_len=longest,
-                tables_ready=True,  # store_pages came before, and does not write them
-            )
-        self.ops.write_ring(key, value, ring, tail.block_table, *lengths, ring_pages, fmt, max_query_len=longest)
+        step = attn_metadata.step(self._tail_metadata(), self._plan)
+        cache = self._cache(kv_cache)
+        tokens = attn_metadata.num_actual_tokens
+        query, key, value, out = query[:tokens], key[:tokens], value[:tokens], output[:tokens]
+        self.kernels.store_pages(step, cache, key, value)
+        self.kernels.attention(step, cache, query, key, value, out)
+        self.kernels.write_ring(step, cache, key, value)
         return output
 
-    def _attend_mixed(self, new, tables, lengths, ring_start: torch.Tensor, step: OscarMetadata) -> None:
-        """Decodes by the split-KV kernel, the requests behind them by FlashAttention."""
-        decodes, (starts, seq_lens) = step.num_decodes, lengths
-        common = (self.tail.pages, self.scale, self.fmt)
-        if decodes:
-            self.ops.attention(
-                *new,
-                *(table[:decodes] for table in tables),
-                starts[: decodes + 1],
-                seq_lens[:decodes],
-                ring_start[:decodes],
-                *common,
-                max_query_len=step.max_decode_query_len,
-                tables_ready=True,  # as in forward()
-            )
-        self.dense_prefill.attention(*new, *tables, *lengths, ring_start, *common, step.prefills)
+    def _plan(self, step: Step, host: HostLengths) -> Step:
+        """The step with a plan of its prefills, where the kernels make one."""
+        plan = getattr(self.kernels, "plan", None)
+        if plan is None:
+            return step
+        starts, lengths = host.query_start_loc.tolist(), host.seq_lens.tolist()
+        return plan(step, self.fmt, self.limits, starts, lengths, host.decode_query_len)
 
-    def _tail_metadata(self) -> OscarMetadata:
+    def _cache(self, kv_cache: torch.Tensor) -> Cache:
+        """The layer's cache; made again when vLLM has bound other memory."""
+        ring = self.tail.kv_cache
+        if self._bound is None or self._bound[0] is not kv_cache or self._bound[1] is not ring:
+            cache = Cache(_blocks("pages", kv_cache), _blocks("ring", ring), self.tail.pages, self.fmt, self.scale)
+            self._bound = kv_cache, ring, cache
+        return self._bound[2]
+
+    def _tail_metadata(self) -> OscarTailMetadata:
         metadata = get_forward_context().attn_metadata
         if isinstance(metadata, list):  # speculative decoding: the base model comes first
             metadata = metadata[0]

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Per-step metadata, built once for all layers, on the device and without synchronizing."""
+"""Per-step metadata: what each KV-cache group knows of a step, built on the device and without synchronizing.
+
+vLLM builds metadata per group, but an operation needs both groups' tables: the first layer
+of a step joins them into the :class:`~vllm_oscar.ops.step.Step` that all layers share.
+"""
 
 from __future__ import annotations
 
@@ -16,34 +20,60 @@ from vllm.v1.attention.backend import (
 from vllm_oscar.core import envs
 from vllm_oscar.core.config import PAGE_TOKENS, WINDOW_TOKENS, get_preset
 from vllm_oscar.core.format import PageFormat
-from vllm_oscar.ops import select as ops
-from vllm_oscar.ops.dense_prefill import Prefill
+from vllm_oscar.ops import select
+from vllm_oscar.ops.step import HostLengths, Step
+
+
+@dataclass
+class OscarTailMetadata(AttentionMetadata):
+    """What the ring group knows of a step. ``R`` requests, int32 tensors.
+
+    Attributes:
+        ring_table: ``[R, pages + 1 or more]``, a request's ring and its hit marker.
+        ring_start: ``[R]`` first position that is read from the ring.
+    """
+
+    ring_table: torch.Tensor
+    ring_start: torch.Tensor
 
 
 @dataclass
 class OscarMetadata(AttentionMetadata):
-    """What a step's requests look like. Tensors are int32.
+    """What the page group knows of a step. ``R`` requests, int32 tensors.
 
     Attributes:
         num_actual_tokens: tokens of the step, without padding.
-        max_query_len: upper bound over the batch, on the host.
+        max_query_len: upper bound on the tokens of a request, on the host.
         query_start_loc: ``[R + 1]``.
         seq_lens: ``[R]``, the step's tokens included.
-        block_table: ``[R, M]`` pages, or for the tail the ring's pages and hit marker.
-        ring_start: ``[R]`` (tail only) first position that is read from the ring.
-        num_decodes: the first so many requests have at most ``max_decode_query_len`` tokens.
-        prefills: rows of the others (CUDA only; elsewhere one kernel takes all requests).
+        page_table: ``[R, M]``.
+        host: the same lengths on the host.
     """
 
     num_actual_tokens: int
     max_query_len: int
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
-    block_table: torch.Tensor
-    ring_start: torch.Tensor | None = None
-    num_decodes: int = 0
-    max_decode_query_len: int = 0
-    prefills: list[Prefill] = field(default_factory=list)
+    page_table: torch.Tensor
+    host: HostLengths
+    _steps: dict[int, tuple[OscarTailMetadata, Step]] = field(default_factory=dict, repr=False)
+
+    def step(self, tail: OscarTailMetadata, plan) -> Step:
+        """The step of the layers whose ring group is ``tail``; made once, and planned by ``plan(step, host)``."""
+        found = self._steps.get(id(tail))
+        if found is None:
+            requests = self.seq_lens.shape[0]
+            step = Step(
+                query_start_loc=self.query_start_loc,
+                seq_lens=self.seq_lens,
+                page_table=self.page_table[:requests],
+                ring_table=tail.ring_table[:requests],
+                ring_start=tail.ring_start[:requests],
+                max_query_len=self.max_query_len,
+                tables_settled=True,
+            )
+            found = self._steps[id(tail)] = tail, plan(step, self.host)
+        return found[1]
 
 
 def ring_start(context: torch.Tensor, hit_tokens: torch.Tensor, recent_window: bool) -> torch.Tensor:
@@ -68,67 +98,56 @@ class OscarMetadataBuilder(AttentionMetadataBuilder[OscarMetadata]):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
-        name, head_dim = vllm_config.cache_config.cache_dtype, vllm_config.model_config.get_head_size()
         if envs.lossless_codec():
             return AttentionCGSupport.NEVER
-        return ops.graph_support(vllm_config.device_config.device_type, PageFormat.preset(name, head_dim))
+        name, head_dim = vllm_config.cache_config.cache_dtype, vllm_config.model_config.get_head_size()
+        kernels = select.select(vllm_config.device_config.device_type, PageFormat.preset(name, head_dim))
+        return AttentionCGSupport[getattr(kernels, "GRAPH_SUPPORT", "NEVER")]
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> OscarMetadata:
         common = common_attn_metadata
-        num_decodes, prefills = common.num_reqs, []
-        if self.device.type == "cuda":
-            num_decodes, prefills = self._split(common)
         return OscarMetadata(
-            num_decodes=num_decodes,
-            max_decode_query_len=min(common.max_query_len, self.reorder_batch_threshold)
-            if prefills
-            else common.max_query_len,
-            prefills=prefills,
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
             query_start_loc=common.query_start_loc,
             seq_lens=common.seq_lens,
-            block_table=common.block_table_tensor,
+            page_table=common.block_table_tensor,
+            host=HostLengths(
+                query_start_loc=common.query_start_loc_cpu,
+                seq_lens=common.seq_lens_cpu_upper_bound,
+                decode_query_len=self.reorder_batch_threshold,
+            ),
         )
 
-    def _split(self, common: CommonAttentionMetadata) -> tuple[int, list[Prefill]]:
-        """Leading short requests, and the rows of the rest, from host copies alone."""
-        starts = common.query_start_loc_cpu.tolist()
-        if common.max_query_len <= self.reorder_batch_threshold:
-            return common.num_reqs, []
-        lengths = [end - begin for begin, end in zip(starts, starts[1:], strict=False)]
-        decodes = next(i for i, n in enumerate(lengths) if n > self.reorder_batch_threshold)
-        seq_lens = common.seq_lens_cpu_upper_bound.tolist()  # exact for requests in prefill
-        prefills = [
-            Prefill(i, starts[i], starts[i + 1], seq_lens[i] - lengths[i])
-            for i in range(decodes, common.num_reqs)
-            if lengths[i]
-        ]
-        return decodes, prefills
 
-
-class OscarTailMetadataBuilder(OscarMetadataBuilder):
-    """Builds the metadata of the ring group; adds ``ring_start``."""
+class OscarTailMetadataBuilder(AttentionMetadataBuilder[OscarTailMetadata]):
+    """Builds the metadata of the ring group."""
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self._recent_window = get_preset(vllm_config.cache_config.cache_dtype).recent_window
-        # Full CUDA graphs replay with the addresses seen at capture.
-        rows = vllm_config.scheduler_config.max_num_seqs
+        # Full CUDA graphs replay with the address seen at capture, also for batches padded beyond max_num_seqs.
+        captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        rows = max(vllm_config.scheduler_config.max_num_seqs, captured)
         self._ring_start = torch.zeros(rows, dtype=torch.int32, device=device)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
+        return OscarMetadataBuilder.get_cudagraph_support(vllm_config, kv_cache_spec)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> OscarMetadata:
-        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        starts = metadata.query_start_loc
-        context = metadata.seq_lens - (starts[1:] - starts[:-1])
-        hit_tokens = metadata.block_table[:, self.kv_cache_spec.pages] * PAGE_TOKENS
-        rows = context.shape[0]
-        if rows > self._ring_start.shape[0]:  # a padded capture batch
-            self._ring_start = torch.zeros(rows, dtype=torch.int32, device=context.device)
-        metadata.ring_start = self._ring_start[:rows]
-        metadata.ring_start.copy_(ring_start(context, hit_tokens[:rows], self._recent_window))
-        return metadata
+    ) -> OscarTailMetadata:
+        common = common_attn_metadata
+        table, requests = common.block_table_tensor, common.seq_lens.shape[0]
+        starts = common.query_start_loc
+        context = common.seq_lens - (starts[1:] - starts[:-1])
+        hit_tokens = table[:requests, self.kv_cache_spec.pages] * PAGE_TOKENS
+        if requests > self._ring_start.shape[0]:
+            raise RuntimeError(f"a step of {requests} requests, but only {self._ring_start.shape[0]} were announced")
+        start = self._ring_start[:requests]
+        start.copy_(ring_start(context, hit_tokens, self._recent_window))
+        return OscarTailMetadata(ring_table=table, ring_start=start)

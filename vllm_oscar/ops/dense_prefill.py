@@ -1,36 +1,72 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefill on CUDA: dense FlashAttention over keys and values gathered in bounded pieces.
+"""The CUDA kernels, with dense FlashAttention for requests that bring many tokens.
 
-A long query is limited by arithmetic, not by memory, so it pays to dequantize each page
-once into 16 bit and let the fastest dense kernel attend. A request without history
-needs no gathering at all. The pieces live in one workspace for all layers, reserved
-when the layers are made, so that memory profiling and CUDA graphs know it.
+A long query is limited by arithmetic, not by memory: it pays to dequantize pages once into
+16 bit and to let the fastest dense kernel attend. Decodes, which lead the batch, stay with
+:mod:`.cuda`; requests without history need no page. For the others, once per step:
+
+=====  ==========================================================================
+slot   a page of the workspace: 128 tokens of all KV heads in 16 bit; slots form a
+       paged cache that FlashAttention reads through a block table
+wave   consecutive requests whose pages fit into the workspace together; a page
+       that several of them share has one slot
+pass   a part of every request's pages. The last pass holds a request's newest pages
+       and its own tokens, and is causal. Only a history that does not fit into the
+       workspace has other passes, of a workspace each, merged by log-sum-exp
+=====  ==========================================================================
+
+The host knows lengths, but only the device knows which pages are shared. So :func:`plan`
+counts waves as if none were, and a kernel fills them (``csrc/include/oscar/prefill_plan.cuh``);
+those left empty cost two short launches each. A layer then does nothing but launch: per
+wave a gather (``gather.cuh``) and FlashAttention, which writes the wave's rows of the output.
 """
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Iterable
+from ctypes import c_int32, c_void_p
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from itertools import groupby
 
 import torch
 
 from vllm_oscar.core.config import PAGE_TOKENS
 from vllm_oscar.core.format import PageFormat
 from vllm_oscar.ops import cuda
+from vllm_oscar.ops.native import StepStruct, fields
+from vllm_oscar.ops.step import Cache, Limits, Step
 
-WORKSPACE_TOKENS = 16384
-"""Keys and values gathered at a time (64 MiB for 8 KV heads of 128)."""
+GRAPH_SUPPORT, HEAD_DIMS = cuda.GRAPH_SUPPORT, cuda.HEAD_DIMS
+store_pages, write_ring = cuda.store_pages, cuda.write_ring
+
+WORKSPACE_BYTES = 256 << 20
+"""65,536 tokens of 8 KV heads of 128. In half of it, 64 requests of 16k would be counted as 64 waves instead of 22."""
+MOST_SLOTS = 2048
+"""Of a workspace, unless one step needs more: the planning kernel keeps 16 bytes of shared memory for each."""
 
 
-@dataclass(frozen=True)
-class Prefill:
-    """One request's rows in the step: tokens ``begin .. end - 1`` follow ``context`` older ones."""
+# ---- FlashAttention ----------------------------------------------------------------
+@lru_cache(maxsize=None)
+def _flash_attention(head_dim: int) -> Callable | None:
+    """vLLM's ``flash_attn_varlen_func`` in the version it would choose, or None.
 
-    request: int
-    begin: int
-    end: int
-    context: int
+    All of 2, 3 and 4 take block tables with pages of 128 tokens, ``seqused_k`` and ``out``.
+    """
+    from vllm.v1.attention.backends import fa_utils
+
+    version = fa_utils.get_flash_attn_version(head_size=head_dim)
+    if version is None:
+        return None
+    return partial(fa_utils.flash_attn_varlen_func, fa_version=version, return_softmax_lse=True)
+
+
+def _merge(*states: torch.Tensor) -> None:
+    """vLLM's ``merge_attn_states``."""
+    from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+
+    merge_attn_states(*states)
 
 
 @lru_cache(maxsize=None)
@@ -40,138 +76,256 @@ def available() -> tuple[bool, str]:
     if not usable:
         return False, reason
     try:
-        from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
-
-        version = get_flash_attn_version()
+        return (True, "") if _flash_attention(128) else (False, "vLLM has no FlashAttention for this device")
     except ImportError as error:
         return False, str(error)
-    return (True, "") if version in (2, 3) else (False, f"FlashAttention version {version}")
 
 
+# ---- workspace ---------------------------------------------------------------------
 _workspaces: dict[tuple, torch.Tensor] = {}
 
 
-def reserve(fmt: PageFormat, kv_heads: int, dtype: torch.dtype, max_step_tokens: int, device: torch.device) -> None:
-    """Allocate the workspace: a piece of history, or one step's tokens and two pages if that is more."""
-    _workspace(fmt, kv_heads, dtype, max_step_tokens + 2 * PAGE_TOKENS, device)
+def _capacity(fmt: PageFormat, limits: Limits) -> int:
+    """Slots of the workspace: at least one request's tokens of a step and the pages cut at their ends."""
+    slot_bytes = 2 * PAGE_TOKENS * limits.kv_heads * fmt.head_dim * limits.dtype.itemsize
+    return max(min(WORKSPACE_BYTES // slot_bytes, MOST_SLOTS), -(-limits.tokens // PAGE_TOKENS) + 2)
 
 
-def _workspace(fmt: PageFormat, kv_heads: int, dtype: torch.dtype, tokens: int, device: torch.device) -> torch.Tensor:
-    """``[2, n, kv_heads, head_dim]`` with n at least ``tokens`` and ``WORKSPACE_TOKENS``."""
-    key = (fmt.head_dim, kv_heads, dtype, device)
-    found = _workspaces.get(key)
-    if found is None or found.shape[1] < tokens:
-        rows = max(WORKSPACE_TOKENS, -(-tokens // PAGE_TOKENS) * PAGE_TOKENS)
-        found = _workspaces[key] = torch.empty(2, rows, kv_heads, fmt.head_dim, dtype=dtype, device=device)
-    return found
+def _workspace(head_dim: int, kv_heads: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return _workspaces[head_dim, kv_heads, dtype, device.type, device.index]
 
 
-def gather(
-    key, value, pages, ring, block_table, ring_table, query_start_loc, seq_lens, ring_start, ring_pages, fmt,
-    request: int, first: int, count: int, out: torch.Tensor,
-) -> None:  # fmt: skip
-    """Dense keys and values of positions ``first .. first + count - 1`` of one request.
+def reserve(fmt: PageFormat, limits: Limits) -> None:
+    """Allocate the decode kernel's workspace and ours, ``[2, slots, 128, H, D]`` for keys and values."""
+    cuda.reserve(fmt, limits, long_queries=False)
+    device = torch.empty(0, device=limits.device).device  # with an index
+    key = (fmt.head_dim, limits.kv_heads, limits.dtype, device.type, device.index)
+    shape = (2, _capacity(fmt, limits), PAGE_TOKENS, limits.kv_heads, fmt.head_dim)
+    if key not in _workspaces or _workspaces[key].shape[1] < shape[1]:
+        _workspaces[key] = torch.empty(shape, dtype=limits.dtype, device=device)
 
-    ``first`` is a multiple of 128; ``out``: ``[2, >= count, H, D]`` in the model's dtype.
-    Other arguments as in :mod:`vllm_oscar.ops.reference`.
+
+# ---- the plan of a step ------------------------------------------------------------
+class PassParams(ctypes.Structure):
+    """``OscarPassParams`` of csrc/include/oscar/prefill.h."""
+
+    _fields_ = [
+        ("step", StepStruct),
+        *fields(c_void_p, "query_starts keys table sources"),
+        *fields(c_int32, "first_request requests index capacity slots columns waves"),
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Wave:
+    """``n`` requests with history are in the plan, with ``T`` rows.
+
+    Attributes:
+        query_starts: int32 ``[n + 1]``; requests of other waves have no rows.
+        sources: int32 ``[slots, 2]`` request and page index of each slot, or -1.
+        rows: bool ``[T]`` the wave's rows; None if the plan has one pass.
     """
-    args = cuda._AttentionArgs(
-        key=key.data_ptr(),
-        value=value.data_ptr(),
-        pages=pages.data_ptr(),
-        ring=ring.data_ptr(),
-        block_table=block_table.data_ptr(),
-        ring_table=ring_table.data_ptr(),
-        query_start_loc=query_start_loc.data_ptr(),
-        seq_lens=seq_lens.data_ptr(),
-        ring_start=ring_start.data_ptr(),
-        block_table_row=block_table.stride(0) * 4,
-        ring_table_row=ring_table.stride(0) * 4,
-        requests=seq_lens.shape[0],
-        kv_heads=key.shape[1],
-        ring_pages=ring_pages,
-        is_bf16=key.dtype == torch.bfloat16,
-        format=cuda._format(fmt),
-        **cuda._strides("key", key, "token"),
-        **cuda._strides("value", value, "token"),
-        **cuda._strides("page", pages, "block"),
-        **cuda._strides("ring", ring, "block"),
-    )
-    pointers = [ctypes.c_void_p(out[i].data_ptr()) for i in range(2)]
-    with torch.cuda.device(key.device):
-        cuda._call("oscar_gather", args, request, first, count, *pointers, cuda._stream(key.device))
+
+    query_starts: torch.Tensor
+    sources: torch.Tensor
+    rows: torch.Tensor | None
 
 
-def _flash(query, key, value, query_starts, key_starts, max_query: int, max_key: int, scale: float, causal: bool):
-    """FlashAttention; returns the output ``[T, Hq, D]`` and its log-sum-exp ``[Hq, T]``."""
-    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """A part of every request's pages.
 
-    return flash_attn_varlen_func(
-        query,
-        key,
-        value,
-        max_seqlen_q=max_query,
-        cu_seqlens_q=query_starts,
-        max_seqlen_k=max_key,
-        cu_seqlens_k=key_starts,
-        softmax_scale=scale,
-        causal=causal,
-        return_softmax_lse=True,
-        fa_version=get_flash_attn_version(),
-    )
+    Attributes:
+        causal: the request's own tokens are the last ones of the part.
+        keys: int32 ``[n]`` tokens of the part, possibly none.
+        table: int32 ``[n, m]`` slots of its pages.
+        waves: every request is in one of them.
+    """
+
+    causal: bool
+    keys: torch.Tensor
+    table: torch.Tensor
+    waves: list[Wave]
 
 
-def attention(
-    out, query, key, value, pages, ring, block_table, ring_table, query_start_loc, seq_lens, ring_start,
-    ring_pages: int, scale: float, fmt: PageFormat, prefills: list[Prefill],
-) -> None:  # fmt: skip
-    """Causal attention of the given requests' rows; the other rows of ``out`` stay as they are."""
-    index = 0
-    while index < len(prefills):
-        run = index
-        while run < len(prefills) and prefills[run].context == 0:
-            run += 1
-        if run > index:  # adjacent requests without history: one launch, nothing to gather
-            group = prefills[index:run]
-            rows = slice(group[0].begin, group[-1].end)
-            starts = query_start_loc[group[0].request : group[-1].request + 2] - group[0].begin
-            longest = max(item.end - item.begin for item in group)
-            out[rows] = _flash(query[rows], key[rows], value[rows], starts, starts, longest, longest, scale, True)[0]
-            index = run
-            continue
-        item = prefills[index]
-        sources = (
-            key, value, pages, ring, block_table, ring_table, query_start_loc, seq_lens, ring_start, ring_pages, fmt,
-        )  # fmt: skip
-        out[item.begin : item.end] = _with_history(query[item.begin : item.end], sources, item, scale)
-        index += 1
+@dataclass(frozen=True, eq=False)
+class Fresh:
+    """Consecutive requests without history: their rows, int32 ``[n + 1]`` starts among these, the longest."""
+
+    rows: slice
+    starts: torch.Tensor
+    longest: int
 
 
-def _with_history(query: torch.Tensor, sources: tuple, item: Prefill, scale: float) -> torch.Tensor:
-    """Attention of one request's rows over its history and themselves, piece by piece."""
-    from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+@dataclass(frozen=True, eq=False)
+class PrefillPlan:
+    """How the requests of a step are attended.
 
-    key, fmt = sources[0], sources[-1]
-    tokens = item.end - item.begin
-    length = item.context + tokens
-    space = _workspace(fmt, key.shape[1], key.dtype, tokens + PAGE_TOKENS, key.device)
-    rows = space.shape[1] // PAGE_TOKENS * PAGE_TOKENS
-    # The last piece holds the step's own tokens and is the only causal one.
-    last = max(0, -(-(length - rows) // PAGE_TOKENS) * PAGE_TOKENS)
-    pieces = [(begin, min(begin + rows, last)) for begin in range(0, last, rows)] + [(last, length)]
-    query_starts = torch.tensor([0, tokens], dtype=torch.int32, device=query.device)
-    result = lse = None
-    for begin, end in pieces:
-        count = end - begin
-        gather(*sources, item.request, begin, count, space)
-        key_starts = torch.tensor([0, count], dtype=torch.int32, device=query.device)
-        part, part_lse = _flash(
-            query, space[0, :count], space[1, :count], query_starts, key_starts, tokens, count, scale, begin == last
+    Attributes:
+        decodes: the step of the leading requests that are left to the decode kernel.
+        rows: of the requests with history, from the first to the last.
+        longest: most tokens that one of these brings.
+        passes: over these; the causal one last.
+        fresh: requests without history. Those between ``rows`` are attended afterwards,
+            as the passes leave zeros there.
+    """
+
+    decodes: Step | None
+    rows: slice
+    longest: int
+    passes: list[Pass]
+    fresh: list[Fresh]
+
+
+def plan(
+    step: Step, fmt: PageFormat, limits: Limits, query_starts: list[int], seq_lens: list[int], decode_query_len: int
+) -> Step:
+    """``step`` with its prefill plan, or as it is if all requests are decodes. Launches, but never waits.
+
+    ``query_starts`` and ``seq_lens`` are the host's copies, exact from the first request on
+    that has more than ``decode_query_len`` tokens.
+    """
+    lengths = [end - begin for begin, end in zip(query_starts, query_starts[1:])]
+    decodes = next((r for r, length in enumerate(lengths) if length > decode_query_len), len(lengths))
+    behind = range(decodes, len(lengths))
+    if not behind:
+        return step
+    contexts = [total - length for total, length in zip(seq_lens, lengths)]
+    history = [r for r in behind if lengths[r] and contexts[r]]
+    fresh = []
+    for is_fresh, run in groupby((r for r in behind if lengths[r]), key=lambda r: not contexts[r]):
+        if is_fresh:
+            run = list(run)
+            rows = slice(query_starts[run[0]], query_starts[run[-1] + 1])
+            starts = step.query_start_loc[run[0] : run[-1] + 2] - rows.start
+            fresh.append(Fresh(rows, starts, max(lengths[r] for r in run)))
+    rows, passes = slice(0), []
+    if history:
+        first, end = history[0], history[-1] + 1
+        rows = slice(query_starts[first], query_starts[end])
+        spans = [(contexts[r], lengths[r]) if lengths[r] and contexts[r] else (0, 0) for r in range(first, end)]
+        passes = _plan_passes(step, first, spans, _capacity(fmt, limits), rows.stop - rows.start)
+    longest = max((lengths[r] for r in history), default=0)
+    head = step.head(decodes, decode_query_len) if decodes else None
+    return replace(step, prefill=PrefillPlan(head, rows, longest, passes, fresh))
+
+
+def _pages(context: int, length: int, capacity: int) -> tuple[int, int]:
+    """First page of a request's last pass, and one past its last page; ``PageSpan`` in prefill_plan.cuh."""
+    total = -(-(context + length) // PAGE_TOKENS)
+    full = context // PAGE_TOKENS // capacity * capacity
+    return max(full, total - capacity), total
+
+
+def _wave_count(counts: Iterable[int], slots: int) -> int:
+    """Waves of requests that need so many slots each and share none."""
+    waves, used = 1, 0
+    for count in counts:
+        if used + count > slots:
+            waves, used = waves + 1, 0
+        used += count
+    return waves
+
+
+def _plan_passes(step: Step, first: int, spans: list[tuple[int, int]], capacity: int, rows: int) -> list[Pass]:
+    """The passes over requests ``first ..``, each with ``(context, length)`` or ``(0, 0)``; launches a kernel each."""
+    pages = [_pages(context, length, capacity) for context, length in spans]
+    for (last, _), (context, length) in zip(pages, spans):
+        if last * PAGE_TOKENS > context:
+            raise ValueError(f"{length} tokens of a request do not fit into a prefill workspace of {capacity} pages")
+    device = step.seq_lens.device
+    index = torch.arange(rows, device=device)
+    struct, stream = cuda.BINDING.step_struct(step), cuda._stream(step.seq_lens.get_device())
+    numbers = [*range(-(-max(last for last, _ in pages) // capacity)), -1]
+    passes = []
+    for number in numbers:
+        begins = [last if number < 0 else min(number * capacity, last) for last, _ in pages]
+        ends = [end if number < 0 else min(begin + capacity, last) for begin, (last, end) in zip(begins, pages)]
+        counts = [end - begin for begin, end in zip(begins, ends)]
+        slots, columns = min(capacity, sum(counts)), max(counts)
+        waves, n = _wave_count(counts, slots), len(spans)
+        query_starts, sources, table, keys = (
+            torch.empty(shape, dtype=torch.int32, device=device)
+            for shape in ((waves, n + 1), (waves, slots, 2), (n, columns), (n,))
         )
+        params = PassParams(
+            struct, query_starts.data_ptr(), keys.data_ptr(), table.data_ptr(), sources.data_ptr(),
+            first, n, number, capacity, slots, columns, waves,
+        )  # fmt: skip
+        cuda._call("oscar_plan_pass", step.seq_lens.get_device(), ctypes.byref(params), stream)
+        of_wave = [None] * waves
+        if len(numbers) > 1:
+            of_wave = (index >= query_starts[:, :1]) & (index < query_starts[:, -1:])
+        passes.append(Pass(number < 0, keys, table, [Wave(*wave) for wave in zip(query_starts, sources, of_wave)]))
+    return passes
+
+
+# ---- the operations ----------------------------------------------------------------
+def attention(
+    step: Step, cache: Cache, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Causal attention of the step's tokens; writes ``out [T, Hq, D]``."""
+    prefill = step.prefill
+    if prefill is None:
+        cuda.attention(step, cache, query, key, value, out)
+        return
+    if prefill.decodes:
+        cuda.attention(prefill.decodes, cache, query, key, value, out)
+    flash = _flash_attention(cache.fmt.head_dim)
+    if prefill.passes:
+        _attend_history(flash, step, cache, query[prefill.rows], key, value, out[prefill.rows])
+    for run in prefill.fresh:
+        flash(
+            query[run.rows], key[run.rows], value[run.rows], out=out[run.rows], softmax_scale=cache.scale, causal=True,
+            cu_seqlens_q=run.starts, cu_seqlens_k=run.starts, max_seqlen_q=run.longest, max_seqlen_k=run.longest,
+        )  # fmt: skip
+
+
+def _attend_history(
+    flash: Callable,
+    step: Step,
+    cache: Cache,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """All passes; ``query`` and ``out`` are the plan's rows, ``key`` and ``value`` the step's tokens."""
+    passes = step.prefill.passes
+    result = lse = None
+    for number, one in enumerate(passes):
+        part = out if len(passes) == 1 else torch.empty_like(out)
+        part_lse = _attend_pass(flash, step, one, cache, query, key, value, part)
         if result is None:
             result, lse = part, part_lse
-        else:
-            merged, merged_lse = torch.empty_like(result), torch.empty_like(lse)
-            merge_attn_states(merged, result, lse, part, part_lse, merged_lse)
-            result, lse = merged, merged_lse
-    return result
+            continue
+        merged, merged_lse = out if number == len(passes) - 1 else torch.empty_like(out), torch.empty_like(lse)
+        _merge(merged, result, lse, part, part_lse, merged_lse)
+        result, lse = merged, merged_lse
+
+
+def _attend_pass(
+    flash: Callable,
+    step: Step,
+    one: Pass,
+    cache: Cache,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """One pass into ``out``; returns the log-sum-exp ``[Hq, T]``, of the last wave only if the plan has one pass."""
+    keys, values = _workspace(cache.fmt.head_dim, cache.kv_heads, key.dtype, key.device)
+    params, device = ctypes.byref(cuda.BINDING.store(step, cache, key, value)), key.get_device()
+    into, stream = (c_void_p(keys.data_ptr()), c_void_p(values.data_ptr())), cuda._stream(device)
+    lse = None
+    for wave in one.waves:
+        sources = c_void_p(wave.sources.data_ptr())
+        cuda._call("oscar_gather", device, params, sources, len(wave.sources), *into, stream)
+        _, found = flash(
+            query, keys, values, out=out, softmax_scale=cache.scale, causal=one.causal,
+            cu_seqlens_q=wave.query_starts, max_seqlen_q=step.prefill.longest,
+            seqused_k=one.keys, max_seqlen_k=one.table.shape[1] * PAGE_TOKENS, block_table=one.table,
+        )  # fmt: skip
+        lse = found if lse is None or wave.rows is None else torch.where(wave.rows, found, lse)
+    return lse

@@ -10,8 +10,8 @@ import torch
 
 from vllm_oscar.core.config import PAGE_TOKENS, PRESETS
 from vllm_oscar.core.format import PageFormat
-from vllm_oscar.ops import reference
-from vllm_oscar.ops import select as ops
+from vllm_oscar.ops import reference, select
+from vllm_oscar.ops.step import Cache, Step
 
 STORE_BOUND = 1e-3  # share of bytes that may differ: rounding ties
 ATTENTION_BOUND = 1e-2  # bf16 inputs
@@ -36,45 +36,43 @@ class Result:
 def _case(kernels, name: str, preset: str, head_dim: int, device: str, generator: torch.Generator) -> Result:
     """A prefill of three requests, then a decode step, through both implementations."""
     fmt = PageFormat.preset(preset, head_dim)
-    heads, query_heads, lengths = 2, 8, [PAGE_TOKENS - 1, 300, 2 * PAGE_TOKENS]
+    heads, query_heads, lengths = 2, 8, torch.tensor([PAGE_TOKENS - 1, 300, 2 * PAGE_TOKENS])
     ring_pages = fmt.ring_pages(2)
-    blocks = torch.randperm(32, generator=generator)[:12].view(3, 4).int()
+    page_table = torch.randperm(32, generator=generator)[:12].view(3, 4).int()
     ring_table = torch.arange(3 * ring_pages).view(3, ring_pages).int()
     shape = (heads, fmt.page_bytes)
-    caches = [torch.full((32, *shape), 0xFF, dtype=torch.uint8) for _ in range(2)]
-    rings = [torch.full((3 * ring_pages, *shape), 0xFF, dtype=torch.uint8) for _ in range(2)]
-    outputs = []
-    for counts in (lengths, [1, 1, 1]):
-        seq_lens = torch.tensor(lengths if counts is lengths else [n + 1 for n in lengths], dtype=torch.int32)
-        starts = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32)
-        context = seq_lens - torch.tensor(counts, dtype=torch.int32)
-        first_ring = torch.div(context, PAGE_TOKENS, rounding_mode="floor").int() * PAGE_TOKENS
-        total = int(starts[-1])
+    sides = []
+    for module, target in ((reference, "cpu"), (kernels, device)):
+        pages = torch.full((32, *shape), 0xFF, dtype=torch.uint8, device=target)
+        ring = torch.full((3 * ring_pages, *shape), 0xFF, dtype=torch.uint8, device=target)
+        sides.append((module, target, Cache(pages, ring, ring_pages, fmt, head_dim**-0.5)))
+    errors = []
+    for counts in (lengths, torch.ones(3, dtype=torch.long)):
+        seq_lens = lengths if counts is lengths else lengths + 1
+        context = seq_lens - counts
+        tables = [
+            torch.cat([torch.zeros(1), counts.cumsum(0)]).int(),
+            seq_lens.int(),
+            page_table,
+            ring_table,
+            (context // PAGE_TOKENS * PAGE_TOKENS).int(),
+        ]
+        total = int(counts.sum())
         query = torch.randn(total, query_heads, head_dim, generator=generator).bfloat16()
-        key = torch.randn(total, heads, head_dim, generator=generator).bfloat16()
-        value = torch.randn(total, heads, head_dim, generator=generator).bfloat16()
-        step = []
-        for module, target, pages, ring in (
-            (reference, "cpu", caches[0], rings[0]),
-            (kernels, device, caches[1], rings[1]),
-        ):
-            args = [t.to(target) for t in (key, value)]
-            pages_d, ring_d = pages.to(target), ring.to(target)
-            tables = [t.to(target) for t in (blocks, ring_table, starts, seq_lens)]
-            out = torch.full((total, query_heads, head_dim), float("nan"), dtype=torch.bfloat16, device=target)
-            module.store_pages(*args, pages_d, ring_d, *tables, ring_pages, fmt)
-            module.attention(
-                out, query.to(target), *args, pages_d, ring_d, *tables, first_ring.to(target), ring_pages,
-                head_dim**-0.5, fmt,
-            )  # fmt: skip
-            module.write_ring(*args, ring_d, *tables[1:], ring_pages, fmt)
-            pages.copy_(pages_d)
-            ring.copy_(ring_d)
-            step.append(out.float().cpu())
-        outputs.append(step)
-    error = max(float((b - a).norm() / a.norm()) for a, b in outputs)
-    differing = float((caches[0] != caches[1]).float().mean())
-    return Result(name, preset, head_dim, differing, error if error == error else float("inf"))
+        key, value = torch.randn(2, total, heads, head_dim, generator=generator).bfloat16()
+        outputs = []
+        for module, target, cache in sides:
+            step = Step(*(table.to(target) for table in tables), max_query_len=int(counts.max()))
+            new = [x.to(target) for x in (query, key, value)]
+            out = torch.full_like(new[0], float("nan"))
+            module.store_pages(step, cache, *new[1:])
+            module.attention(step, cache, *new, out)
+            module.write_ring(step, cache, *new[1:])
+            outputs.append(out.float().cpu())
+        errors.append(float((outputs[1] - outputs[0]).norm() / outputs[0].norm()))
+    error = max(errors) if all(e == e for e in errors) else float("inf")
+    differing = float((sides[0][2].pages != sides[1][2].pages.cpu()).float().mean())
+    return Result(name, preset, head_dim, differing, error)
 
 
 def verify(device: str, seed: int) -> Iterator[Result]:
@@ -87,6 +85,6 @@ def verify(device: str, seed: int) -> Iterator[Result]:
     generator = torch.Generator().manual_seed(seed)
     for preset in PRESETS:
         for head_dim in (64, 128):
-            kernels = ops.select(device, PageFormat.preset(preset, head_dim))
+            kernels = select.select(device, PageFormat.preset(preset, head_dim))
             name = kernels.__name__.rsplit(".", 1)[1]
             yield _case(kernels, name, preset, head_dim, device, generator)

@@ -1,77 +1,70 @@
 /* SPDX-License-Identifier: Apache-2.0
- * C ABI of the CUDA library. vllm_oscar/ops/cuda.py mirrors these structs with ctypes;
- * oscar_abi_sizes() lets it check that both sides agree. All strides are in bytes.
- * The tensor arguments mean what vllm_oscar/ops/reference.py says. */
+ * What both native libraries are called with: a step, a layer's cache, the layer's tokens.
+ * vllm_oscar/ops/native.py mirrors these structs with ctypes, fills them and checks every
+ * argument; the libraries trust them. All strides are in bytes. */
 #pragma once
 
 #include <stdint.h>
 
-#ifdef __cplusplus
-extern "C" {
-#endif
+enum OscarDtype { OSCAR_FP32 = 0, OSCAR_BF16 = 1, OSCAR_FP16 = 2 };
+enum OscarNorm { OSCAR_NORM_NONE = 0, OSCAR_NORM_HEAD = 1, OSCAR_NORM_JOINT = 2 };
 
-enum {
-  OSCAR_OK = 0,
-  /* positive codes are cudaError_t */
-  OSCAR_UNSUPPORTED_FORMAT = -1, /* no kernel was compiled for this page layout */
-  OSCAR_WORKSPACE_TOO_SMALL = -2,
-  OSCAR_DEVICE_TOO_SMALL = -3, /* a page does not fit the device's shared memory */
-  OSCAR_BAD_ARGUMENT = -4
-};
-
-enum { OSCAR_COUNTER_BYTES = 65536 };
-
+/* A page layout and the numbers of its encoder: core/format.py and core/config.py. */
 typedef struct {
   int32_t head_dim, key_bits, key_group, value_group;
-  int32_t fp8_params;      /* key scales and zeros are e4m3, otherwise fp16 */
-  int32_t norm;            /* 0 none, 1 per head, 2 joint over the KV heads */
+  int32_t key_param_bytes;                           /* 1: e4m3, 2: fp16 */
+  int32_t norm;                                      /* OscarNorm */
   int32_t exact_first_key;
-  int32_t integer_zero;    /* store only, like the clips */
+  int32_t integer_zero;                              /* encoder only, like the clips */
   float key_clip, value_clip;
+  int32_t k_codes, k_high, v_codes, k_params, v_scale, v_zero, norms;  /* offsets of the sections */
+  int32_t page_bytes;
+  int32_t ring_tokens;                               /* of a ring page */
 } OscarFormat;
 
+/* One step: the same for all layers. Int32 tensors; ops/step.py says what they mean. */
 typedef struct {
-  void* out;
-  const void *query, *key, *value;
-  const void *pages, *ring;
-  const int32_t *block_table, *ring_table, *query_start_loc, *seq_lens, *ring_start;
-  void* workspace;
-  uint32_t* counters; /* OSCAR_COUNTER_BYTES of zeros before the first call; every call leaves zeros */
-  int64_t workspace_bytes;
-  int64_t out_token, out_head, query_token, query_head, key_token, key_head, value_token, value_head;
-  int64_t page_block, page_head, ring_block, ring_head, block_table_row, ring_table_row;
-  int32_t requests, kv_heads, group, ring_pages, is_bf16;
-  /* Tokens first_token .. first_token + max_query_len - 1 of each request are queries of this call. */
-  int32_t max_query_len, first_token;
-  float scale;
-  int32_t warps; /* per block; 0 chooses */
-  /* The kernel launched before this one writes none of the tables and lengths: they are read while it runs. */
-  int32_t tables_ready;
-  int32_t deterministic; /* no warp takes work from another: sums in the same order every time */
-  OscarFormat format;
-} OscarAttentionArgs;
+  const int32_t* query_start_loc;                    /* [requests + 1] */
+  const int32_t* seq_lens;                           /* [requests] */
+  const int32_t* page_table;                         /* [requests, pages of the longest request] */
+  const int32_t* ring_table;                         /* [requests, >= ring_pages] */
+  const int32_t* ring_start;                         /* [requests] */
+  int64_t page_table_row, ring_table_row;
+  int32_t requests;
+  int32_t max_query_len;                             /* no request has more tokens in this step */
+} OscarStep;
 
+/* One layer's cache: the same in all steps. */
 typedef struct {
-  const void *key, *value;
-  void *pages, *ring;
-  const int32_t *block_table, *ring_table, *query_start_loc, *seq_lens;
-  int64_t key_token, key_head, value_token, value_head;
-  int64_t page_block, page_head, ring_block, ring_head, block_table_row, ring_table_row;
-  int32_t requests, kv_heads, max_query_len, ring_pages, is_bf16;
+  uint8_t* pages;                                    /* [blocks, kv_heads, page_bytes] */
+  uint8_t* ring;                                     /* [blocks, kv_heads, page_bytes] */
+  int64_t page_block, page_head, ring_block, ring_head;
+  int32_t kv_heads;
+  int32_t ring_pages;                                /* of a request */
+  float scale;                                       /* of the logits */
   OscarFormat format;
-} OscarStoreArgs;
+} OscarCache;
 
-/* Bytes of workspace that oscar_attention needs for these arguments (pointers and strides
- * are not read); the current device counts. Returns OSCAR_OK or an error code. */
-int oscar_attention_workspace(const OscarAttentionArgs* args, int64_t* bytes);
-int oscar_attention(const OscarAttentionArgs* args, void* stream);
-int oscar_store_pages(const OscarStoreArgs* args, void* stream);
-int oscar_write_ring(const OscarStoreArgs* args, void* stream);
-/* OSCAR_OK if the library holds machine code for the current device. */
-int oscar_probe(void);
-void oscar_abi_sizes(int32_t* attention_args, int32_t* store_args);
-const char* oscar_error_string(int code);
+/* One of the layer's tensors: [tokens, heads, head_dim] in the model's dtype, channels contiguous. */
+typedef struct {
+  void* data;
+  int64_t token, head;
+} OscarTokens;
 
-#ifdef __cplusplus
-}
-#endif
+/* store_pages and write_ring */
+typedef struct {
+  OscarStep step;
+  OscarCache cache;
+  OscarTokens key, value;                            /* [tokens, kv_heads, head_dim] */
+  int32_t dtype;                                     /* OscarDtype */
+} OscarStoreParams;
+
+/* attention */
+typedef struct {
+  OscarStep step;
+  OscarCache cache;
+  OscarTokens query, out;                            /* [tokens, kv_heads * group, head_dim] */
+  OscarTokens key, value;                            /* [tokens, kv_heads, head_dim] */
+  int32_t dtype;                                     /* OscarDtype */
+  int32_t group;                                     /* query heads of a KV head */
+} OscarAttentionParams;

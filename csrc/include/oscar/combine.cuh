@@ -66,15 +66,15 @@ struct CombineShared {
 
 template <int HeadDim>
 __global__ void __launch_bounds__(32 * kCombineWarps)
-    combine_kernel(const __grid_constant__ AttentionParams p, const Tiling tiling) {
+    combine_kernel(const __grid_constant__ DecodeParams p, const Tiling tiling) {
   extern __shared__ __align__(128) uint8_t raw[];
   CombineShared* shared = reinterpret_cast<CombineShared*>(raw);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
   const int segment = blockIdx.x, row = blockIdx.y * blockDim.y + threadIdx.y;
   const int lanes = HeadDim / kCombineChannels / gridDim.z;  // for a slot; a warp reads several at once
   const int channel = (blockIdx.z * lanes + lane % lanes) * kCombineChannels;
-  const int row_block = segment % p.row_blocks, head = segment / p.row_blocks % p.args.kv_heads;
-  const Request request(p, segment / p.row_blocks / p.args.kv_heads, tiling);
+  const int row_block = segment % p.row_blocks, head = segment / p.row_blocks % p.cache.kv_heads;
+  const Request request(p, segment / p.row_blocks / p.cache.kv_heads, tiling);
   const int query_row = row_block * tiling.rows + row;
   launch_dependents();
   wait_for_previous_grid();  // every block: who waits for this grid relies on the decode kernel's end, too
@@ -136,11 +136,10 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
   if (lane >= lanes) return;
 
   const float inverse = 1.f / sum.weight;
-  const int64_t token = request.begin + p.args.first_token + query_row / p.args.group;
-  uint8_t* target = static_cast<uint8_t*>(p.args.out) + token * p.args.out_token +
-                    (head * p.args.group + query_row % p.args.group) * p.args.out_head;
+  const int64_t token = request.begin + p.launch.first_token + query_row / p.group;
+  uint8_t* target = token_address(p.out, token, head * p.group + query_row % p.group);
   const auto pack = [&](float a, float b) {
-    return p.args.is_bf16 ? pack_bfloat162(a * inverse, b * inverse) : pack_half2(a * inverse, b * inverse);
+    return p.dtype == OSCAR_BF16 ? pack_bfloat162(a * inverse, b * inverse) : pack_half2(a * inverse, b * inverse);
   };
   uint32_t* words = reinterpret_cast<uint32_t*>(target) + channel / 2;
   words[0] = pack(sum.x[0], sum.x[1]);

@@ -79,12 +79,11 @@ OSCAR_DEVICE void attend_pages(int ring_start, PageBuffer<Layout>& buffer, Produ
 
 // Units `unit` .. `end - 1` of the ring and in-flight tokens of the segment at `c`.
 template <class Layout, int NTiles>
-OSCAR_DEVICE void attend_exact(int unit, int end, const Cursor& c, const AttentionParams& p, float scale_log2,
+OSCAR_DEVICE void attend_exact(int unit, int end, const Cursor& c, const DecodeParams& p, float scale_log2,
                                PageBuffer<Layout>& buffer, Producer& next,
                                const QueryRows<Layout::kTiles> (&query)[NTiles],
                                Accumulator<Layout::kTiles> (&acc)[NTiles], int lane) {
-  const OscarAttentionArgs& args = p.args;
-  const int first_row = c.row_block * 8 * NTiles + args.first_token * args.group;  // of the step
+  const int first_row = c.row_block * 8 * NTiles + p.launch.first_token * p.group;  // of the step
   for (; unit < end; ++unit) {
     next.advance();
     const Request request = c.request;
@@ -93,9 +92,9 @@ OSCAR_DEVICE void attend_exact(int unit, int end, const Cursor& c, const Attenti
     bool readable;
     if (ring) {
       constexpr int kTokens = Layout::kRingTokens;
-      const int capacity = kTokens * args.ring_pages;
+      const int capacity = kTokens * p.cache.ring_pages;
       const int index = request.ring_first + unit;
-      const int slot = (index < args.ring_pages ? index : index - args.ring_pages) * kTokens + lane;
+      const int slot = (index < p.cache.ring_pages ? index : index - p.cache.ring_pages) * kTokens + lane;
       const int age = slot - request.ring_start % capacity;  // from the oldest token on, cyclic
       readable = lane < kTokens && (age < 0 ? age + capacity : age) < request.context - request.ring_start;
       tokens.key = buffer.codes();
@@ -108,14 +107,14 @@ OSCAR_DEVICE void attend_exact(int unit, int end, const Cursor& c, const Attenti
       tokens.position = (unit - request.ring) * kInFlightTokens;
       readable = tokens.position + lane < request.query_len;
       const int64_t token = request.begin + tokens.position;
-      tokens.key = static_cast<const uint8_t*>(args.key) + token * args.key_token + c.head * args.key_head;
-      tokens.value = static_cast<const uint8_t*>(args.value) + token * args.value_token + c.head * args.value_head;
-      tokens.key_stride = args.key_token;
-      tokens.value_stride = args.value_token;
+      tokens.key = token_address(p.key, token, c.head);
+      tokens.value = token_address(p.value, token, c.head);
+      tokens.key_stride = p.key.token;
+      tokens.value_stride = p.value.token;
     }
     tokens.valid = __ballot_sync(kFullWarp, readable);
-    if (args.is_bf16) attend_tokens<true>(tokens, query, first_row, args.group, scale_log2, acc, lane);
-    else attend_tokens<false>(tokens, query, first_row, args.group, scale_log2, acc, lane);
+    if (p.dtype == OSCAR_BF16) attend_tokens<true>(tokens, query, first_row, p.group, scale_log2, acc, lane);
+    else attend_tokens<false>(tokens, query, first_row, p.group, scale_log2, acc, lane);
     __syncwarp();
     if (ring) fill_all(buffer, next);
   }
@@ -123,14 +122,14 @@ OSCAR_DEVICE void attend_exact(int unit, int end, const Cursor& c, const Attenti
 
 template <class Layout, int NTiles>
 __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kCapability), 1)
-    decode_kernel(const __grid_constant__ AttentionParams p) {
+    decode_kernel(const __grid_constant__ DecodeParams p) {
   constexpr int kRows = 8 * NTiles, kTiles = Layout::kTiles;
   constexpr Tiling kTiling{kRows, Layout::kRingTokens, Layout::kHeadDim * NTiles <= 128};
   extern __shared__ __align__(128) uint8_t raw[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int g = lane >> 2, t = lane & 3;
   PageBuffer<Layout>::init(reinterpret_cast<WarpShared<Layout>*>(raw)[warp].barriers, lane);  // need not wait
-  if (!p.args.tables_ready) wait_for_previous_grid();
+  if (!p.launch.tables_settled) wait_for_previous_grid();
 
   Share share = find_share(p, kTiling, warp, lane);
   // The combine kernel, which waits for this one alone, may read what others wrote before: dependents only after a wait.
@@ -150,7 +149,7 @@ __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kC
   PageBuffer<Layout> buffer(shared.page, shared.barriers, lane);
   Producer next(p, &shared.walk, share.count, kTiling, lane);
 
-  const float scale_log2 = p.args.scale * 1.4426950408889634f;
+  const float scale_log2 = p.cache.scale * 1.4426950408889634f;
   QueryRows<kTiles> query[NTiles];
   Accumulator<kTiles> acc[NTiles];
   const Cursor& now = shared.now;
@@ -165,9 +164,8 @@ __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kC
       const int row = first_row + 8 * n + g;
       source[n] = nullptr;
       if (row < now.request.rows) {
-        const int64_t token = now.request.begin + p.args.first_token + row / p.args.group;
-        source[n] = static_cast<const uint8_t*>(p.args.query) + token * p.args.query_token +
-                    (now.head * p.args.group + row % p.args.group) * p.args.query_head;
+        const int64_t token = now.request.begin + p.launch.first_token + row / p.group;
+        source[n] = token_address(p.query, token, now.head * p.group + row % p.group);
       }
     }
     if (!started) {
@@ -180,7 +178,7 @@ __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kC
     started = true;
     if (pages) {
 #pragma unroll
-      for (int n = 0; n < NTiles; ++n) query[n].rotate(p.args.is_bf16, scale_log2, lane);
+      for (int n = 0; n < NTiles; ++n) query[n].rotate(p.dtype == OSCAR_BF16, scale_log2, lane);
     }
     if (pages) attend_pages<Layout, NTiles>(now.request.ring_start, buffer, next, query, acc, lane);
     else attend_exact<Layout, NTiles>(now.unit, shared.end(), now, p, scale_log2, buffer, next, query, acc, lane);

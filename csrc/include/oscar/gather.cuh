@@ -1,209 +1,218 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gather part of one request's keys and values into dense 16-bit tensors, for prefill with a
-// dense attention kernel: positions before ring_start are dequantized from pages and rotated
-// back, those before the context come from the ring, the rest are the step's own tokens.
-// One block per page and KV head, one warp per 32 tokens of the page.
+// Keys and values of pages as dense 16-bit tensors, for prefill with a dense attention kernel.
+// One block per slot of the workspace, KV head, and keys or values; one warp per 32 tokens.
+//
+// Codes are read as a warp feeds them to tensor cores (core/format.py), so a lane holds some channels of some tokens.
+// The last stages of the rotation exchange channels between lanes in such a way that a lane ends with eight
+// neighbouring ones: 16-byte stores, and whole sectors of memory.
 #pragma once
 
-#include "oscar/abi.h"
+#include "oscar/hadamard.cuh"
 #include "oscar/layout.cuh"
-#include "oscar/ptx.cuh"
+#include "oscar/prefill.h"
 
 namespace oscar {
 
 constexpr int kGatherThreads = 128;
-
-template <bool Bf16>
-OSCAR_DEVICE uint32_t pack_pair(float low, float high) {
-  return Bf16 ? pack_bfloat162(low, high) : pack_half2(low, high);
-}
-
-template <bool Bf16>
-OSCAR_DEVICE uint16_t pack_one(float x) {
-  return static_cast<uint16_t>(pack_pair<Bf16>(x, 0.f) & 0xffff);
-}
-
-// One stage of the Walsh-Hadamard transform over a channel bit held in the lane's own array.
-template <int Count, int Stride>
-OSCAR_DEVICE void butterfly(float (&x)[Count]) {
-#pragma unroll
-  for (int i = 0; i < Count; ++i) {
-    if ((i & Stride) == 0) {
-      const float a = x[i], b = x[i + Stride];
-      x[i] = a + b;
-      x[i + Stride] = a - b;
-    }
-  }
-}
-
-template <int Count, int Stride = 1>
-OSCAR_DEVICE void butterflies(float (&x)[Count]) {
-  if constexpr (Stride < Count) {
-    butterfly<Count, Stride>(x);
-    butterflies<Count, Stride * 2>(x);
-  }
-}
-
-// The same over a channel bit that selects the lane.
-template <int Count>
-OSCAR_DEVICE void lane_butterfly(float (&x)[Count], int lane_bit, int lane) {
-#pragma unroll
-  for (int i = 0; i < Count; ++i) {
-    const float other = __shfl_xor_sync(kFullWarp, x[i], lane_bit);
-    x[i] = lane & lane_bit ? other - x[i] : x[i] + other;
-  }
-}
+constexpr float kHalfUnit = 16777216.f;  // 2^24: a code in the lowest bits of a half is a subnormal, code / 2^24
 
 OSCAR_DEVICE float load_half(const uint8_t* base, int index) {
   return __half2float(reinterpret_cast<const __half*>(base)[index]);
 }
 
-template <class Layout>
-OSCAR_DEVICE float load_key_param(const uint8_t* base, int index) {
-  if constexpr (Layout::kFp8Params) return unpack_half2(e4m3x2_to_half2(base[index])).x;
-  return load_half(base, index);
+OSCAR_DEVICE float2 load_half2(const uint8_t* base, int index) {  // index: even
+  return unpack_half2(reinterpret_cast<const uint32_t*>(base)[index / 2]);
 }
 
-// Word of `tile` in a 32-token block of a 2-bit plane: chunks of four tiles, [chunk][lane][tile % 4].
-template <class Layout>
-OSCAR_DEVICE uint32_t load_word(const uint8_t* plane, int block, int tile, int lane) {
-  const uint32_t* words = reinterpret_cast<const uint32_t*>(plane + block * Layout::kBlockCodeBytes);
-  return words[((tile >> 2) * 32 + lane) * 4 + (tile & 3)];
+// Eight neighbouring channels.
+template <bool Bf16>
+OSCAR_DEVICE void store_channels(uint8_t* target, const float* x, float factor) {
+  const auto pack = [&](int i) {
+    return Bf16 ? pack_bfloat162(x[i] * factor, x[i + 1] * factor) : pack_half2(x[i] * factor, x[i + 1] * factor);
+  };
+  *reinterpret_cast<uint4*>(target) = uint4{pack(0), pack(2), pack(4), pack(6)};
 }
 
-// Key rows of the warp's 32 tokens. A lane holds channels 16*tile + 8*j1 + 2*t + half of four tokens.
+// A lane's words of a 32-token block of a 2-bit plane, one per tile: chunks of four tiles, [chunk][lane][tile % 4].
+template <class Layout>
+OSCAR_DEVICE void load_words(const uint8_t* plane, int block, int lane, uint32_t (&words)[Layout::kTiles]) {
+  const uint4* chunks = reinterpret_cast<const uint4*>(plane + block * Layout::kBlockCodeBytes) + lane;
+#pragma unroll
+  for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
+    const uint4 four = chunks[32 * chunk];
+    words[4 * chunk] = four.x;
+    words[4 * chunk + 1] = four.y;
+    words[4 * chunk + 2] = four.z;
+    words[4 * chunk + 3] = four.w;
+  }
+}
+
+// Scales or zeros of a lane's key channels as pairs of halves, two per tile.
+template <class Layout>
+OSCAR_DEVICE void load_key_params(const uint8_t* base, int t, uint32_t (&pairs)[2 * Layout::kTiles]) {
+  const uint8_t* own = base + t * (Layout::kHeadDim / 4) * Layout::kParamBytes;
+  constexpr int kVectors = Layout::kHeadDim / 4 * Layout::kParamBytes / 16;
+  uint32_t words[4 * kVectors];
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const uint4 four = reinterpret_cast<const uint4*>(own)[i];
+    words[4 * i] = four.x;
+    words[4 * i + 1] = four.y;
+    words[4 * i + 2] = four.z;
+    words[4 * i + 3] = four.w;
+  }
+#pragma unroll
+  for (int tile = 0; tile < Layout::kTiles; ++tile) {
+    if constexpr (Layout::kFp8Params) {
+      e4m3x4_to_half2(words[tile], pairs[2 * tile], pairs[2 * tile + 1]);
+    } else {
+      pairs[2 * tile] = words[2 * tile];
+      pairs[2 * tile + 1] = words[2 * tile + 1];
+    }
+  }
+}
+
+// Key rows of the warp's 32 tokens. A lane reads channels 16 * tile + 8 * j1 + 2 * t + half of four tokens.
 template <class Layout, bool Bf16>
 OSCAR_DEVICE void gather_keys(const uint8_t* page, bool first_page, int warp, int lane, int rows, uint8_t* out,
                               int64_t out_row) {
   constexpr int kTiles = Layout::kTiles;
   const int g = lane >> 2, t = lane & 3;
   const bool shared_group = Layout::kExactFirstKey && first_page;
-  const uint8_t* scales =
-      page + Layout::kKeyParams + (shared_group ? 0 : 32 * warp / Layout::kKeyGroup) * Layout::kKeyGroupBytes;
-  const uint8_t* zeros = scales + Layout::kKeyGroupBytes / 2;
+  const int group = shared_group ? 0 : 32 * warp / Layout::kKeyGroup;
+  const uint8_t* params = page + Layout::kKeyParams + group * Layout::kKeyGroupBytes;
+  uint32_t scales[2 * kTiles], zeros[2 * kTiles], low[kTiles], high[kTiles] = {};
+  load_words<Layout>(page + Layout::kKeyCodes, warp, lane, low);
+  if constexpr (Layout::kKeyBits > 2) {
+    load_words<Layout>(page + Layout::kKeyHigh, Layout::kKeyBits == 3 ? warp >> 1 : warp, lane, high);
+  }
+  load_key_params<Layout>(params, t, scales);
+  load_key_params<Layout>(params + Layout::kKeyGroupBytes / 2, t, zeros);
 #pragma unroll 1
   for (int token_of_lane = 0; token_of_lane < 4; ++token_of_lane) {
     const int r = token_of_lane >> 1, j0 = token_of_lane & 1;
     const int token = 32 * warp + 16 * r + 8 * j0 + g;
-    const bool exact = shared_group && token == 0;
-    float x[4 * kTiles];
+    const int shift = 8 * r + 2 * j0, high_shift = shift + (Layout::kKeyBits == 3 ? warp & 1 : 0);
+    float x[4 * kTiles];  // [channel bits 4 and up = tile][3 = j1][0 = half]
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      const uint32_t low = load_word<Layout>(page + Layout::kKeyCodes, warp, tile, lane) >> (8 * r + 2 * j0);
-      uint32_t high = 0;
-      if constexpr (Layout::kKeyBits == 4) {
-        const uint32_t word = load_word<Layout>(page + Layout::kKeyHigh, warp, tile, lane);
-        high = __funnelshift_r(word, word, 2) >> (8 * r + 2 * j0) & 0x33333333u;
-      } else if constexpr (Layout::kKeyBits == 3) {
-        const uint32_t word = load_word<Layout>(page + Layout::kKeyHigh, warp >> 1, tile, lane);
-        high = __funnelshift_r(word, word, 2) >> (8 * r + 2 * j0 + (warp & 1)) & 0x11111111u;
+      // Codes of j1 = 0 in bits 0 .. 3 of both halves of the word, of j1 = 1 in bits 4 .. 7.
+      uint32_t codes = low[tile] >> shift;
+      if constexpr (Layout::kKeyBits > 2) {
+        codes = select_bits<0x33333333>(codes, __funnelshift_r(high[tile], high[tile], high_shift));
       }
+      constexpr uint32_t kMask = ((1u << Layout::kKeyBits) - 1) * 0x10001u;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {  // i = 2 * j1 + half
-        const int bit = 4 * (i >> 1) + 16 * (i & 1);
-        const int code = (low >> bit & 3) + 4 * (high >> bit & 3);
-        const int at = t * (Layout::kHeadDim / 4) + tile * 4 + i;
-        x[4 * tile + i] = exact ? load_half(page + Layout::kFirstKey, at)
-                                : fmaf(load_key_param<Layout>(scales, at), code, load_key_param<Layout>(zeros, at));
+      for (int j1 = 0; j1 < 2; ++j1) {
+        const float unit = j1 ? kHalfUnit / 16 : kHalfUnit;
+        const float2 code = unpack_half2(codes & kMask << 4 * j1);
+        const float2 scale = unpack_half2(scales[2 * tile + j1]), zero = unpack_half2(zeros[2 * tile + j1]);
+        x[4 * tile + 2 * j1] = fmaf(scale.x, code.x * unit, zero.x);
+        x[4 * tile + 2 * j1 + 1] = fmaf(scale.y, code.y * unit, zero.y);
       }
     }
-    butterflies(x);
-    lane_butterfly(x, 1, lane);
-    lane_butterfly(x, 2, lane);
+    if (shared_group && token == 0) {
+#pragma unroll
+      for (int i = 0; i < 4 * kTiles; ++i) x[i] = load_half(page + Layout::kFirstKey, t * (Layout::kHeadDim / 4) + i);
+    }
+    __syncwarp();
+    hadamard_registers(x);
+    hadamard_exchange<2>(x, lane, 1);  // channel bit 1 for 3
+    hadamard_exchange<4>(x, lane, 2);  // channel bit 2 for 4
     float factor = rsqrtf(Layout::kHeadDim);
     if constexpr (Layout::kHasNorm) factor *= load_half(page + Layout::kNorms, (2 * warp + r) * 16 + 2 * g + j0);
     if (token >= rows) continue;
-    uint32_t* row = reinterpret_cast<uint32_t*>(out + token * out_row);
 #pragma unroll
-    for (int i = 0; i < 4 * kTiles; i += 2)  // channels 16*tile + 8*j1 + 2*t, +1
-      row[8 * (i >> 2) + 4 * (i >> 1 & 1) + t] = pack_pair<Bf16>(x[i] * factor, x[i + 1] * factor);
+    for (int i = 0; i < 4 * kTiles; i += 8) store_channels<Bf16>(out + token * out_row + 8 * i + 16 * t, x + i, factor);
   }
 }
 
-// Value rows of the warp's 32 tokens. A lane holds channels 16*tile + 8*j0 + g of eight tokens.
+// Value rows of the warp's 32 tokens. A lane reads channels 16 * tile + 8 * j0 + g of eight tokens, two at a time.
 template <class Layout, bool Bf16>
 OSCAR_DEVICE void gather_values(const uint8_t* page, int warp, int lane, int rows, uint8_t* out, int64_t out_row) {
-  constexpr int kTiles = Layout::kTiles;
+  constexpr int kTiles = Layout::kTiles, kGroups = Layout::kValueGroups;
   const int g = lane >> 2, t = lane & 3;
+  uint32_t words[kTiles];
+  load_words<Layout>(page + Layout::kValueCodes, warp, lane, words);
 #pragma unroll 1
-  for (int token_of_lane = 0; token_of_lane < 8; ++token_of_lane) {
-    const int r = token_of_lane >> 2, j1 = token_of_lane >> 1 & 1, half = token_of_lane & 1;
-    const int token = 32 * warp + 16 * r + 8 * j1 + 2 * t + half;
-    float x[2 * kTiles];
+  for (int pair = 0; pair < 4; ++pair) {
+    const int r = pair >> 1, j1 = pair & 1, token = 32 * warp + 16 * r + 8 * j1 + 2 * t;
+    float x[2][2 * kTiles];  // [token][channel bits 4 and up = tile][3 = j0]
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      const uint32_t word = load_word<Layout>(page + Layout::kValueCodes, warp, tile, lane) >>
-                            (16 * half + 8 * r + 4 * j1);
-      const int group = 16 * tile / Layout::kValueGroup;
-      const int scale_at = (((2 * warp + r) * 4 + t) * Layout::kValueGroups + group) * 4 + 2 * j1 + half;
-      const int zero_at = (((2 * warp + r) * Layout::kValueGroups + group) * 4 + t) * 4 + 2 * j1 + half;
-      const float scale = load_half(page + Layout::kValueScale, scale_at);
-      const float zero = load_half(page + Layout::kValueZero, zero_at);
-      x[2 * tile] = fmaf(scale, word & 3, zero);
-      x[2 * tile + 1] = fmaf(scale, word >> 2 & 3, zero);
+    for (int group = 0; group < kGroups; ++group) {
+      const float2 scale = load_half2(page + Layout::kValueScale,
+                                      (((2 * warp + r) * 4 + t) * kGroups + group) * 4 + 2 * j1);
+      const float2 zero = load_half2(page + Layout::kValueZero,
+                                     (((2 * warp + r) * kGroups + group) * 4 + t) * 4 + 2 * j1);
+#pragma unroll
+      for (int tile = group * kTiles / kGroups; tile < (group + 1) * kTiles / kGroups; ++tile) {
+        const uint32_t codes = words[tile] >> (8 * r + 4 * j1);
+#pragma unroll
+        for (int j0 = 0; j0 < 2; ++j0) {
+          const float unit = j0 ? kHalfUnit / 4 : kHalfUnit;
+          const float2 code = unpack_half2(codes & 0x00030003u << 2 * j0);
+          x[0][2 * tile + j0] = fmaf(scale.x, code.x * unit, zero.x);
+          x[1][2 * tile + j0] = fmaf(scale.y, code.y * unit, zero.y);
+        }
+      }
     }
-    butterflies(x);
-    lane_butterfly(x, 4, lane);
-    lane_butterfly(x, 8, lane);
-    lane_butterfly(x, 16, lane);
-    const float factor = rsqrtf(Layout::kHeadDim);
-    if (token >= rows) continue;
-    uint16_t* row = reinterpret_cast<uint16_t*>(out + token * out_row);
 #pragma unroll
-    for (int i = 0; i < 2 * kTiles; ++i) row[16 * (i >> 1) + 8 * (i & 1) + g] = pack_one<Bf16>(x[i] * factor);
+    for (int half = 0; half < 2; ++half) {
+      hadamard_registers(x[half]);
+      hadamard_exchange<1>(x[half], lane, 4);   // channel bit 0 for 3
+      hadamard_exchange<2>(x[half], lane, 8);   // channel bit 1 for 4
+      hadamard_exchange<4>(x[half], lane, 16);  // channel bit 2 for 5
+      if (token + half >= rows) continue;
+      uint8_t* row = out + (token + half) * out_row;
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; i += 8) {
+        store_channels<Bf16>(row + 16 * i + 16 * g, x[half] + i, rsqrtf(Layout::kHeadDim));
+      }
+    }
   }
 }
 
-// Exact rows [begin, end) of the page: from the ring before the context, else the step's own.
+// Rows [begin, 128) of the page at position `start`: from the ring before the context, then the step's own, then zeros.
 template <class Layout>
-OSCAR_DEVICE void gather_exact(const OscarAttentionArgs& args, int request, int head, int page_start, int begin,
-                               int end, int context, uint8_t* out_key, uint8_t* out_value, int64_t out_row) {
-  constexpr int kVectors = Layout::kHeadDim * 2 / 16;
-  const uint8_t* ring = static_cast<const uint8_t*>(args.ring) + head * args.ring_head;
-  const int32_t* ring_table = args.ring_table + request * (args.ring_table_row / 4);
-  const int capacity = args.ring_pages * Layout::kRingTokens;
-  for (int i = threadIdx.x; i < (end - begin) * kVectors; i += kGatherThreads) {
-    const int row = begin + i / kVectors, vector = i % kVectors, position = page_start + row;
-    const uint8_t *key, *value;
-    if (position < context) {
-      const int slot = position % capacity;
-      key = ring + ring_table[slot / Layout::kRingTokens] * args.ring_block +
-            slot % Layout::kRingTokens * Layout::kRingTokenBytes;
-      value = key + Layout::kHeadDim * 2;
-    } else {
-      const int64_t token = args.query_start_loc[request] + (position - context);
-      key = static_cast<const uint8_t*>(args.key) + token * args.key_token + head * args.key_head;
-      value = static_cast<const uint8_t*>(args.value) + token * args.value_token + head * args.value_head;
+OSCAR_DEVICE void gather_exact(const OscarStoreParams& p, const StepTokens& tokens, int request, int head, bool values,
+                               int start, int begin, uint8_t* out, int64_t out_row) {
+  constexpr int kRowBytes = Layout::kHeadDim * 2, kVectors = kRowBytes / 16;
+  for (int i = begin * kVectors + threadIdx.x; i < kPageTokens * kVectors; i += kGatherThreads) {
+    const int row = i / kVectors, position = start + row, token = position - tokens.context;
+    uint4 vector = {};
+    if (token < tokens.query_len) {
+      const uint8_t* source;
+      if (token < 0) {
+        source = ring_token(p.cache, ring_row(p.step, request), head, position, Layout::kRingTokens,
+                            Layout::kRingTokenBytes) + (values ? kRowBytes : 0);
+      } else {
+        source = token_address(values ? p.value : p.key, tokens.begin + token, head);
+      }
+      vector = reinterpret_cast<const uint4*>(source)[i % kVectors];
     }
-    reinterpret_cast<uint4*>(out_key + row * out_row)[vector] = reinterpret_cast<const uint4*>(key)[vector];
-    reinterpret_cast<uint4*>(out_value + row * out_row)[vector] = reinterpret_cast<const uint4*>(value)[vector];
+    reinterpret_cast<uint4*>(out + row * out_row)[i % kVectors] = vector;
   }
 }
 
-// Positions [first, first + count) of `request`; first is a multiple of 128. Grid: pages, KV heads.
-// Outputs are [count, kv_heads, head_dim], contiguous.
+// Grid: slots, KV heads, keys or values.
 template <class Layout, bool Bf16>
-__global__ void __launch_bounds__(kGatherThreads)
-    gather_kernel(OscarAttentionArgs args, int request, int first, int count, uint8_t* out_key, uint8_t* out_value) {
-  const int head = blockIdx.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  const int page_start = first + blockIdx.x * kPageTokens;
-  const int rows = min(kPageTokens, first + count - page_start);
-  const int context =
-      args.seq_lens[request] - (args.query_start_loc[request + 1] - args.query_start_loc[request]);
-  const int paged = min(max(args.ring_start[request] - page_start, 0), rows);
-
-  const int64_t out_row = static_cast<int64_t>(args.kv_heads) * Layout::kHeadDim * 2;
-  const int64_t offset = (static_cast<int64_t>(page_start - first) * args.kv_heads + head) * Layout::kHeadDim * 2;
-  out_key += offset;
-  out_value += offset;
+__global__ void __launch_bounds__(kGatherThreads, Layout::kHeadDim <= 128 ? 4 : 2)
+    gather_kernel(const __grid_constant__ OscarStoreParams p, const int2* sources, uint8_t* key, uint8_t* value) {
+  const int2 source = sources[blockIdx.x];
+  const int request = source.x, head = blockIdx.y, start = source.y * kPageTokens;
+  if (request < 0) return;
+  const bool values = blockIdx.z;
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const StepTokens tokens(p.step, request);
+  const int paged = min(max(ring_start(p.step, request, tokens.context) - start, 0), kPageTokens);
+  const int64_t out_row = static_cast<int64_t>(p.cache.kv_heads) * Layout::kHeadDim * 2;
+  uint8_t* out = (values ? value : key) + blockIdx.x * kPageTokens * out_row + head * Layout::kHeadDim * 2;
   if (paged > 0) {
-    const int32_t* table = args.block_table + request * (args.block_table_row / 4);
-    const uint8_t* page = static_cast<const uint8_t*>(args.pages) +
-                          table[page_start / kPageTokens] * args.page_block + head * args.page_head;
-    gather_keys<Layout, Bf16>(page, page_start == 0, warp, lane, paged, out_key, out_row);
-    gather_values<Layout, Bf16>(page, warp, lane, paged, out_value, out_row);
+    const uint8_t* page = page_address(p.cache, page_row(p.step, request)[source.y], head);
+    if (values) gather_values<Layout, Bf16>(page, warp, lane, paged, out, out_row);
+    else gather_keys<Layout, Bf16>(page, source.y == 0, warp, lane, paged, out, out_row);
   }
-  gather_exact<Layout>(args, request, head, page_start, paged, rows, context, out_key, out_value, out_row);
+  if (paged < kPageTokens) gather_exact<Layout>(p, tokens, request, head, values, start, paged, out, out_row);
 }
 
 }  // namespace oscar

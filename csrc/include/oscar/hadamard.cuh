@@ -32,4 +32,22 @@ OSCAR_DEVICE void hadamard_lanes(float (&x)[N], int lane, int first, int end) {
   }
 }
 
+// The same over one lane-index bit, which changes places with index bit RegisterBit: afterwards the registers
+// differ in what the lanes differed in, and the lanes in the other. Half the shuffles, and the channels of a lane
+// come to lie side by side.
+template <int RegisterBit, int N>
+OSCAR_DEVICE void hadamard_exchange(float (&x)[N], int lane, int lane_bit) {
+  const bool upper = lane & lane_bit;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (!(i & RegisterBit)) {
+      const float low = x[i], high = x[i | RegisterBit];
+      const float other = __shfl_xor_sync(kFullWarp, upper ? low : high, lane_bit);
+      const float a = upper ? other : low, b = upper ? high : other;
+      x[i] = a + b;
+      x[i | RegisterBit] = a - b;
+    }
+  }
+}
+
 }  // namespace oscar

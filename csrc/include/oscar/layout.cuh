@@ -3,11 +3,9 @@
 // source of truth and documents the element order; tests compare the two.
 #pragma once
 
-#include <cstdint>
+#include "oscar/step.h"
 
 namespace oscar {
-
-constexpr int kPageTokens = 128;
 
 template <int HeadDim_, int KeyBits_, int KeyGroup_, int ValueGroup_, bool Fp8Params_, bool HasNorm_,
           bool ExactFirstKey_>

@@ -3,7 +3,7 @@
 // combination that PageLayout accepts needs one more line here.
 #pragma once
 
-#include "oscar/abi.h"
+#include "oscar/launch.h"
 #include "oscar/layout.cuh"
 
 namespace oscar {
@@ -16,15 +16,19 @@ struct Presets {
   using Paper = PageLayout<HeadDim, 2, 32, 32, false, true, false>;
 };
 
+// Whether `f` is this layout, in kind and in every offset.
 template <class Layout>
 bool matches(const OscarFormat& f) {
   const int value_group = f.value_group < f.head_dim ? f.value_group : f.head_dim;
   return f.head_dim == Layout::kHeadDim && f.key_bits == Layout::kKeyBits && f.key_group == Layout::kKeyGroup &&
-         value_group == Layout::kValueGroup && (f.fp8_params != 0) == Layout::kFp8Params &&
-         (f.norm != 0) == Layout::kHasNorm && (f.exact_first_key != 0) == Layout::kExactFirstKey;
+         value_group == Layout::kValueGroup && f.key_param_bytes == Layout::kParamBytes &&
+         (f.norm != OSCAR_NORM_NONE) == Layout::kHasNorm && (f.exact_first_key != 0) == Layout::kExactFirstKey &&
+         f.k_codes == Layout::kKeyCodes && f.k_high == Layout::kKeyHigh && f.v_codes == Layout::kValueCodes &&
+         f.k_params == Layout::kKeyParams && f.v_scale == Layout::kValueScale && f.v_zero == Layout::kValueZero &&
+         f.norms == Layout::kNorms && f.page_bytes == Layout::kPageBytes && f.ring_tokens == Layout::kRingTokens;
 }
 
-// visit(Layout{}) for the layout that `format` names.
+// visit(Layout{}) for the layout of this head size that `format` names.
 template <int HeadDim, class Visitor>
 int visit_layout(const OscarFormat& format, Visitor&& visit) {
   using P = Presets<HeadDim>;
@@ -35,6 +39,17 @@ int visit_layout(const OscarFormat& format, Visitor&& visit) {
   if (matches<typename P::Paper>(format)) return visit(typename P::Paper{});
 #endif
   return OSCAR_UNSUPPORTED_FORMAT;
+}
+
+// The same for every head size.
+template <class Visitor>
+int visit_layout(const OscarFormat& format, Visitor&& visit) {
+  switch (format.head_dim) {
+    case 64: return visit_layout<64>(format, visit);
+    case 128: return visit_layout<128>(format, visit);
+    case 256: return visit_layout<256>(format, visit);
+    default: return OSCAR_UNSUPPORTED_FORMAT;
+  }
 }
 
 }  // namespace oscar

@@ -18,17 +18,18 @@
 // claimed one by one, in a counter per share, by their owner too.
 #pragma once
 
-#include "oscar/abi.h"
-#include "oscar/layout.cuh"
+#include "oscar/launch.h"
 #include "oscar/ptx.cuh"
+#include "oscar/step.h"
 
 namespace oscar {
 
 constexpr int kInFlightTokens = 32;
 
-struct AttentionParams {
-  OscarAttentionArgs args;
-  int row_blocks;    // upper bound, from max_query_len
+// What both kernels of attention are launched with.
+struct DecodeParams : OscarAttentionParams {
+  OscarLaunch launch;
+  int row_blocks;    // upper bound, from launch.query_tokens
   int slot_rows;     // rows that a slot holds
   int warps;         // of the grid
   int few_warps;     // of these, with little work in long segments
@@ -47,36 +48,33 @@ struct Tiling {
 };
 
 // The per-request numbers that everything else derives from.
-struct Request {
-  int begin, query_len, context, ring_start;  // query_len: all of the step's tokens
-  int rows;                                   // query rows of this call
-  int ring_first;                             // index of the ring page that holds the oldest token
-  int row_blocks, ring, exact, units;         // units: of the ring, with those in flight, all
+struct Request : StepTokens {
+  int ring_start;
+  int rows;                            // query rows of this launch
+  int ring_first;                      // index of the ring page that holds the oldest token
+  int row_blocks, ring, exact, units;  // units: of the ring, with those in flight, all
 
   Request() = default;
-  OSCAR_DEVICE Request(const AttentionParams& p, int request, const Tiling& tiling) {
-    begin = p.args.query_start_loc[request];
-    query_len = p.args.query_start_loc[request + 1] - begin;
-    context = max(p.args.seq_lens[request] - query_len, 0);
-    ring_start = min(max(p.args.ring_start[request], 0), context);
-    const int tokens = max(min(query_len - p.args.first_token, p.args.max_query_len), 0);
-    rows = tokens * p.args.group;
+  OSCAR_DEVICE Request(const DecodeParams& p, int request, const Tiling& tiling) : StepTokens(p.step, request) {
+    ring_start = oscar::ring_start(p.step, request, context);
+    const int tokens = max(min(query_len - p.launch.first_token, p.launch.query_tokens), 0);
+    rows = tokens * p.group;
     row_blocks = (rows + tiling.rows - 1) / tiling.rows;
-    const int capacity = tiling.ring_tokens * p.args.ring_pages, held = context - ring_start;
+    const int capacity = tiling.ring_tokens * p.cache.ring_pages, held = context - ring_start;
     ring_first = 0;
-    ring = held > 0 ? p.args.ring_pages : 0;
+    ring = held > 0 ? p.cache.ring_pages : 0;
     if (held > 0 && held <= capacity - tiling.ring_tokens) {  // not every page; a full ring is spared the divisions
       const int oldest = ring_start % capacity;
       ring_first = oldest / tiling.ring_tokens;
       ring = (oldest % tiling.ring_tokens + held + tiling.ring_tokens - 1) / tiling.ring_tokens;
     }
-    exact = ring + (p.args.first_token + tokens + kInFlightTokens - 1) / kInFlightTokens;
-    units = exact + (ring_start + kPageTokens - 1) / kPageTokens;
+    exact = ring + (p.launch.first_token + tokens + kInFlightTokens - 1) / kInFlightTokens;
+    units = exact + pages_before(ring_start);
   }
 };
 
-OSCAR_DEVICE int segment_index(const AttentionParams& p, int request, int head, int row_block) {
-  return (request * p.args.kv_heads + head) * p.row_blocks + row_block;
+OSCAR_DEVICE int segment_index(const DecodeParams& p, int request, int head, int row_block) {
+  return (request * p.cache.kv_heads + head) * p.row_blocks + row_block;
 }
 
 // A position on the line of units.
@@ -94,13 +92,13 @@ struct Cursor {
 
   // To `next`, a unit of this segment or its end, and then to the next segment; the caller
   // knows that there is one.
-  OSCAR_DEVICE void move_to(int next, const AttentionParams& p, const Tiling& tiling) {
+  OSCAR_DEVICE void move_to(int next, const DecodeParams& p, const Tiling& tiling) {
     unit = next;
     if (unit < request.units) return;
     unit = 0;
     if (++row_block < request.row_blocks) return;
     row_block = 0;
-    if (++head < p.args.kv_heads) return;
+    if (++head < p.cache.kv_heads) return;
     head = 0;
     do {
       request = Request(p, ++index, tiling);
@@ -148,7 +146,7 @@ class Producer {
   enum Kind { kPage, kRing, kInFlight, kWanted, kEnd };  // kWanted: none yet, for take() to find
 
   // `walk`: this warp's own, with cursor, shares and rank.
-  OSCAR_DEVICE Producer(const AttentionParams& p, Walk* walk, int units, const Tiling& tiling, int lane)
+  OSCAR_DEVICE Producer(const DecodeParams& p, Walk* walk, int units, const Tiling& tiling, int lane)
       : p_(p), walk_(walk), units_(units), tiling_(tiling), lane_(lane) {
     start_run(walk->cursor);
   }
@@ -163,7 +161,7 @@ class Producer {
 
   // The page or ring page of the current unit.
   OSCAR_DEVICE const uint8_t* source() const {
-    return walk_->base + static_cast<int64_t>(entry_) * (kind_ == kPage ? p_.args.page_block : p_.args.ring_block);
+    return walk_->base + static_cast<int64_t>(entry_) * (kind_ == kPage ? p_.cache.page_block : p_.cache.ring_block);
   }
 
   // To the next unit. One that has to be claimed is not certain before confirm(): a claim takes a while.
@@ -227,24 +225,21 @@ class Producer {
 
  private:
   OSCAR_DEVICE void start_run(const Cursor& c) {
-    const OscarAttentionArgs& args = p_.args;
     continues_ = false;
     left_ = c.run_end() - c.unit;
     kind_ = c.in_pages() ? kPage : c.in_ring() ? kRing : kInFlight;
     if (kind_ == kInFlight) return;
     const bool page = kind_ == kPage;
-    const int64_t row = c.index * (page ? args.block_table_row : args.ring_table_row);
     page_ = page ? c.unit - c.request.exact : c.unit;
+    const int32_t* row = page ? page_row(p_.step, c.index) : ring_row(p_.step, c.index);
+    const uint8_t* base = page ? page_address(p_.cache, 0, c.head) : ring_page_address(p_.cache, 0, c.head);
     if (lane_ == 0) {
-      walk_->table = reinterpret_cast<const int*>(
-                         reinterpret_cast<const uint8_t*>(page ? args.block_table : args.ring_table) + row) +
-                     (page ? 0 : c.request.ring_first);
-      walk_->wrap = page ? INT32_MAX : args.ring_pages - c.request.ring_first;
-      walk_->base = page ? static_cast<const uint8_t*>(args.pages) + c.head * args.page_head
-                         : static_cast<const uint8_t*>(args.ring) + c.head * args.ring_head;
+      walk_->table = row + (page ? 0 : c.request.ring_first);
+      walk_->wrap = page ? INT32_MAX : p_.cache.ring_pages - c.request.ring_first;
+      walk_->base = base;
     }
     const bool last = page && units_ <= left_;  // the share ends in these pages
-    if (tiling_.take && last && walk_->shares.each >= kLeastShare && !args.deterministic) {
+    if (tiling_.take && last && walk_->shares.each >= kLeastShare && !p_.launch.deterministic) {
       open_ = min(units_ - 1, kMostOpen);
       if (lane_ == 0) {
         const int here = walk_->shares.begin(walk_->rank + 1) - units_;
@@ -257,7 +252,7 @@ class Producer {
     if (left_ > 1) ahead_ = entry(page_ + 1);
   }
 
-  OSCAR_DEVICE int entry(int i) const { return walk_->table[i < walk_->wrap ? i : i - p_.args.ring_pages]; }
+  OSCAR_DEVICE int entry(int i) const { return walk_->table[i < walk_->wrap ? i : i - p_.cache.ring_pages]; }
 
   OSCAR_DEVICE void next_in_run() {
     continues_ = true;
@@ -276,7 +271,7 @@ class Producer {
     return other >= 0 && other < walk_->shares.active ? __ldcg(p_.claims + other) : 0;
   }
 
-  const AttentionParams& p_;
+  const DecodeParams& p_;
   Walk* walk_;
   Tiling tiling_;
   int units_, left_, lane_;  // units_: of the share, from the current one on
@@ -295,19 +290,19 @@ struct Share {
 };
 
 // Of warp `warp` of the block. With less work than warps, the first ranks take one unit each: no gaps in the slots.
-OSCAR_DEVICE Share find_share(const AttentionParams& p, const Tiling& tiling, int warp, int lane) {
+OSCAR_DEVICE Share find_share(const DecodeParams& p, const Tiling& tiling, int warp, int lane) {
   const int blocks = gridDim.x;
   const auto cost = [&](int request) {
-    if (request >= p.args.requests) return 0;
+    if (request >= p.step.requests) return 0;
     const Request r(p, request, tiling);
-    return p.args.kv_heads * r.row_blocks * r.units;
+    return p.cache.kv_heads * r.row_blocks * r.units;
   };
   int own = cost(lane), total = own;
-  for (int base = 32; base < p.args.requests; base += 32) total += cost(base + lane);
+  for (int base = 32; base < p.step.requests; base += 32) total += cost(base + lane);
   total = __reduce_add_sync(kFullWarp, total);
 
   // Few warps get through a unit sooner, but wait longer between segments.
-  const int segments = p.args.requests * p.args.kv_heads * p.row_blocks;
+  const int segments = p.step.requests * p.cache.kv_heads * p.row_blocks;
   const auto longest = [&](int warps) { return static_cast<int>((total + warps - 1u) / warps); };
   const bool few = segments <= blocks && p.few_time * longest(p.few_warps) < 10 * longest(p.warps);
   Share share;

@@ -6,7 +6,6 @@
 
 #include <cuda_fp8.h>
 
-#include "oscar/abi.h"
 #include "oscar/hadamard.cuh"
 #include "oscar/layout.cuh"
 
@@ -14,29 +13,6 @@ namespace oscar {
 
 constexpr int kStoreWarps = 8;
 constexpr int kStoreThreads = 32 * kStoreWarps;
-
-// The step's tokens of one request.
-struct StoreRequest {
-  int begin, query_len, context;
-  OSCAR_DEVICE StoreRequest(const OscarStoreArgs& p, int request) {
-    begin = p.query_start_loc[request];
-    query_len = p.query_start_loc[request + 1] - begin;
-    context = max(p.seq_lens[request] - query_len, 0);
-  }
-};
-
-OSCAR_DEVICE int table_entry(const int32_t* table, int64_t row_bytes, int row, int column) {
-  return *(reinterpret_cast<const int32_t*>(reinterpret_cast<const uint8_t*>(table) + row * row_bytes) + column);
-}
-
-// A token of the request's ring: key, then value.
-OSCAR_DEVICE uint8_t* ring_token(const OscarStoreArgs& p, int request, int head, int position, int tokens_per_page,
-                                 int token_bytes) {
-  const int slot = position % (tokens_per_page * p.ring_pages);
-  const int64_t entry = table_entry(p.ring_table, p.ring_table_row, request, slot / tokens_per_page);
-  return static_cast<uint8_t*>(p.ring) + entry * p.ring_block + head * p.ring_head +
-         slot % tokens_per_page * token_bytes;
-}
 
 // ---- rounding, as in reference.py ------------------------------------------------
 OSCAR_DEVICE float round_half(float x) { return __half2float(__float2half_rn(fminf(fmaxf(x, -65504.f), 65504.f))); }
@@ -119,52 +95,50 @@ OSCAR_DEVICE float sum_of_squares(const float (&x)[N]) {
 
 // ---- the kernel ----------------------------------------------------------------------
 template <class Layout>
-__global__ void __launch_bounds__(kStoreThreads, 1) store_kernel(const __grid_constant__ OscarStoreArgs p) {
+__global__ void __launch_bounds__(kStoreThreads, 1) store_kernel(const __grid_constant__ OscarStoreParams p) {
   constexpr int kDim = Layout::kHeadDim, kChannels = kDim / 32, kTiles = Layout::kTiles;
   extern __shared__ __align__(128) uint8_t raw[];
   launch_dependents();  // attention may start; it waits before it reads pages
   StoreShared<Layout>& shared = *reinterpret_cast<StoreShared<Layout>*>(raw);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int head = blockIdx.x, request_index = blockIdx.z;
-  const StoreRequest request(p, request_index);
-  const int block = request.context / kPageTokens + blockIdx.y;
-  const int start = block * kPageTokens;  // position of the block's first token
-  if (request.query_len <= 0 || start + kPageTokens > request.context + request.query_len) return;
+  const int head = blockIdx.x, request = blockIdx.z;
+  const StepTokens step(p.step, request);
+  const int index = step.context / kPageTokens + blockIdx.y;
+  const int start = index * kPageTokens;  // position of the page's first token
+  if (step.query_len <= 0 || start + kPageTokens > step.context + step.query_len) return;
 
-  const bool first = Layout::kExactFirstKey && block == 0;
-  const bool integer_zero = p.format.integer_zero;
-  uint8_t* page = static_cast<uint8_t*>(p.pages) +
-                  table_entry(p.block_table, p.block_table_row, request_index, block) * p.page_block +
-                  head * p.page_head;
+  const bool first = Layout::kExactFirstKey && index == 0;
+  const OscarFormat& format = p.cache.format;
+  const bool integer_zero = format.integer_zero, is_bf16 = p.dtype == OSCAR_BF16;
+  uint8_t* page = page_address(p.cache, page_row(p.step, request)[index], head);
   const auto key_row = [&](int token, int of_head) -> const uint8_t* {
     const int position = start + token;
-    if (position < request.context) {
-      return ring_token(p, request_index, of_head, position, Layout::kRingTokens, Layout::kRingTokenBytes);
+    if (position < step.context) {
+      return ring_token(p.cache, ring_row(p.step, request), of_head, position, Layout::kRingTokens,
+                        Layout::kRingTokenBytes);
     }
-    return static_cast<const uint8_t*>(p.key) + (request.begin + position - request.context) * p.key_token +
-           of_head * p.key_head;
+    return token_address(p.key, step.begin + position - step.context, of_head);
   };
   const auto value_row = [&](int token) -> const uint8_t* {
     const int position = start + token;
-    if (position < request.context) return key_row(token, head) + Layout::kRingTokenBytes / 2;
-    return static_cast<const uint8_t*>(p.value) + (request.begin + position - request.context) * p.value_token +
-           head * p.value_head;
+    if (position < step.context) return key_row(token, head) + Layout::kRingTokenBytes / 2;
+    return token_address(p.value, step.begin + position - step.context, head);
   };
 
   // ---- keys: rotate, norm ----
   for (int token = warp; token < kPageTokens; token += kStoreWarps) {
     float x[kChannels];
     float square = 0.f;
-    if (Layout::kHasNorm && p.format.norm == 2) {  // joint: over all heads of this rank
-      for (int h = 0; h < p.kv_heads; ++h) {
-        load_rotated_row<kDim>(key_row(token, h), p.is_bf16, lane, x);
+    if (Layout::kHasNorm && format.norm == OSCAR_NORM_JOINT) {  // over all heads of this rank
+      for (int h = 0; h < p.cache.kv_heads; ++h) {
+        load_rotated_row<kDim>(key_row(token, h), is_bf16, lane, x);
         square += sum_of_squares(x);
       }
-      square /= p.kv_heads;
+      square /= p.cache.kv_heads;
     }
-    load_rotated_row<kDim>(key_row(token, head), p.is_bf16, lane, x);
+    load_rotated_row<kDim>(key_row(token, head), is_bf16, lane, x);
     if constexpr (Layout::kHasNorm) {
-      if (p.format.norm == 1) square = sum_of_squares(x);
+      if (format.norm == OSCAR_NORM_HEAD) square = sum_of_squares(x);
       const float norm = round_half(sqrtf(square / kDim));
 #pragma unroll
       for (int i = 0; i < kChannels; ++i) x[i] = norm > 0.f ? __fdiv_rn(x[i], norm) : 0.f;
@@ -187,7 +161,7 @@ __global__ void __launch_bounds__(kStoreThreads, 1) store_kernel(const __grid_co
       high = fmaxf(high, shared.token[token][channel]);
     }
     shared.key[group][channel] =
-        affine_params<Layout::kFp8Params>(low, high, kKeyLevels, p.format.key_clip, integer_zero);
+        affine_params<Layout::kFp8Params>(low, high, kKeyLevels, format.key_clip, integer_zero);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < Layout::kKeyGroups * kDim; i += kStoreThreads) {
@@ -264,7 +238,7 @@ __global__ void __launch_bounds__(kStoreThreads, 1) store_kernel(const __grid_co
   // ---- values: rotate, parameters per token and value group ----
   for (int token = warp; token < kPageTokens; token += kStoreWarps) {
     float x[kChannels];
-    load_rotated_row<kDim>(value_row(token), p.is_bf16, lane, x);
+    load_rotated_row<kDim>(value_row(token), is_bf16, lane, x);
     float low = x[0], high = x[0];
 #pragma unroll
     for (int i = 0; i < kChannels; ++i) {
@@ -279,8 +253,7 @@ __global__ void __launch_bounds__(kStoreThreads, 1) store_kernel(const __grid_co
       high = fmaxf(high, __shfl_xor_sync(kFullWarp, high, d));
     }
     if (lane % kGroupLanes == 0) {
-      shared.value[token][lane / kGroupLanes] =
-          affine_params<false>(low, high, 3.f, p.format.value_clip, integer_zero);
+      shared.value[token][lane / kGroupLanes] = affine_params<false>(low, high, 3.f, format.value_clip, integer_zero);
     }
   }
   __syncthreads();
@@ -318,19 +291,18 @@ OSCAR_DEVICE void copy_row(uint8_t* target, const uint8_t* source, int bytes, in
 }
 
 static __global__ void __launch_bounds__(kStoreThreads)
-    write_ring_kernel(const __grid_constant__ OscarStoreArgs p, int tokens_per_page) {
+    write_ring_kernel(const __grid_constant__ OscarStoreParams p) {
   wait_for_previous_grid();
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int request_index = blockIdx.y, row_bytes = p.format.head_dim * 2;
-  const StoreRequest request(p, request_index);
-  const int kept = min(request.query_len, tokens_per_page * p.ring_pages);
-  for (int i = blockIdx.x * kStoreWarps + warp; i < kept * p.kv_heads; i += gridDim.x * kStoreWarps) {
-    const int head = i % p.kv_heads, token = request.query_len - kept + i / p.kv_heads;
-    uint8_t* target = ring_token(p, request_index, head, request.context + token, tokens_per_page, 2 * row_bytes);
-    const int64_t row = request.begin + token;
-    copy_row(target, static_cast<const uint8_t*>(p.key) + row * p.key_token + head * p.key_head, row_bytes, lane);
-    copy_row(target + row_bytes, static_cast<const uint8_t*>(p.value) + row * p.value_token + head * p.value_head,
-             row_bytes, lane);
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, request = blockIdx.y;
+  const int tokens_per_page = p.cache.format.ring_tokens, row_bytes = p.cache.format.head_dim * 2;
+  const StepTokens step(p.step, request);
+  const int kept = min(step.query_len, tokens_per_page * p.cache.ring_pages);
+  for (int i = blockIdx.x * kStoreWarps + warp; i < kept * p.cache.kv_heads; i += gridDim.x * kStoreWarps) {
+    const int head = i % p.cache.kv_heads, token = step.query_len - kept + i / p.cache.kv_heads;
+    uint8_t* target = ring_token(p.cache, ring_row(p.step, request), head, step.context + token, tokens_per_page,
+                                 2 * row_bytes);
+    copy_row(target, token_address(p.key, step.begin + token, head), row_bytes, lane);
+    copy_row(target + row_bytes, token_address(p.value, step.begin + token, head), row_bytes, lane);
   }
 }
 

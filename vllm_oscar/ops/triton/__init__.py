@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cache operations as Triton kernels: any NVIDIA GPU from sm_80, AMD, or the interpreter.
 
-Arguments are those of :mod:`vllm_oscar.ops.reference`. No function synchronizes with
-the device or looks at tensor contents on the host, and every grid depends on shapes
-alone, so all of them can be captured in CUDA graphs.
+See :class:`vllm_oscar.ops.step.Kernels`. No operation synchronizes with the device or
+looks at tensor contents on the host, and every grid depends on shapes and
+``max_query_len`` alone, so all of them can be captured in CUDA graphs once a step of the
+same shapes has compiled them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import os
 import torch
 
 from vllm_oscar.core.format import PageFormat
+from vllm_oscar.ops.step import Cache, Limits, Step
+
+GRAPH_SUPPORT = "UNIFORM_BATCH"
 
 
 def available() -> tuple[bool, str]:
@@ -25,91 +29,48 @@ def available() -> tuple[bool, str]:
     return False, "no GPU is visible to torch"
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """``x`` with a contiguous last dimension."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def reserve(fmt: PageFormat, limits: Limits) -> None:
+    """Make the rotation tables, which a graph being captured could not copy to the device."""
+    from vllm_oscar.ops.triton import layout
+
+    device = torch.empty(0, device=limits.device).device  # with its index, as tensors have it
+    for order in ("natural", "key", "value"):
+        layout.rotation(fmt.head_dim, order, device)
 
 
-def store_pages(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pages: torch.Tensor,
-    ring: torch.Tensor,
-    block_table: torch.Tensor,
-    ring_table: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    ring_pages: int,
-    fmt: PageFormat,
-    max_query_len: int | None = None,
-) -> None:
+def store_pages(step: Step, cache: Cache, key: torch.Tensor, value: torch.Tensor) -> None:
     """Quantize every block that becomes full in this step, from ring and new tokens."""
-    from vllm_oscar.ops.triton import store as triton_store
+    from vllm_oscar.ops.triton import store
 
-    if not key.shape[0]:
-        return
-    triton_store.store_pages(
-        _rows(key), _rows(value), pages, ring, block_table, ring_table, query_start_loc, seq_lens, ring_pages, fmt
-    )
+    if step.requests and key.shape[0]:
+        store.store_pages(step, cache, key, value)
 
 
 def attention(
-    out: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pages: torch.Tensor,
-    ring: torch.Tensor,
-    block_table: torch.Tensor,
-    ring_table: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    ring_start: torch.Tensor,
-    ring_pages: int,
-    scale: float,
-    fmt: PageFormat,
-    max_query_len: int | None = None,
-    tables_ready: bool = False,
+    step: Step, cache: Cache, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor
 ) -> None:
     """Causal attention of the step's tokens; writes ``out [T, Hq, D]``.
 
-    Up to 16 tokens per request on average, all requests take the split-KV kernel.
-    Beyond, it takes the requests of up to 16 tokens and the prefill kernel the others.
+    If no request has more than 16 tokens, all take the split-KV kernel. Otherwise it takes
+    the requests of up to 16 tokens and the prefill kernel the others.
     """
-    from vllm_oscar.ops.triton import decode as triton_decode
-    from vllm_oscar.ops.triton import prefill as triton_prefill
+    from vllm_oscar.ops.triton import decode, prefill
 
-    tokens = query.shape[0]
-    if not tokens:
+    if not step.requests or not query.shape[0]:
         return
-    args = (
-        out, _rows(query), _rows(key), _rows(value), pages, ring, block_table, ring_table,
-        query_start_loc, seq_lens, ring_start, ring_pages, scale, fmt,
-    )  # fmt: skip
-    longest = triton_decode.MAX_QUERY
-    mixed = tokens > longest * seq_lens.shape[0]
-    if mixed:
-        triton_prefill.prefill(*args, min_query=longest + 1)
-    if not mixed or seq_lens.shape[0] > 1:
-        triton_decode.decode(*args, mixed=mixed)
+    tensors, longest = (step, cache, query, key, value, out), decode.MAX_QUERY
+    if step.max_query_len <= longest:
+        decode.decode(*tensors, mixed=False)
+    elif step.requests == 1:  # the bound may be loose
+        prefill.prefill(*tensors, min_query=1)
+    else:
+        prefill.prefill(*tensors, min_query=longest + 1)
+        decode.decode(*tensors, mixed=True)
 
 
-def write_ring(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    ring: torch.Tensor,
-    ring_table: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    ring_pages: int,
-    fmt: PageFormat,
-    max_query_len: int | None = None,
-) -> None:
+def write_ring(step: Step, cache: Cache, key: torch.Tensor, value: torch.Tensor) -> None:
     """Write the newest tokens of each request, at most the ring's capacity."""
-    from vllm_oscar.ops.triton import store as triton_store
+    from vllm_oscar.ops.triton import store
 
-    if not key.shape[0]:
-        return
-    triton_store.write_ring(
-        _rows(key), _rows(value), ring, ring_table, query_start_loc, seq_lens, ring_pages, fmt
-    )
+    if step.requests and key.shape[0]:
+        store.write_ring(step, cache, key, value)

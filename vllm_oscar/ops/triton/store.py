@@ -15,8 +15,21 @@ import triton
 import triton.language as tl
 
 from vllm_oscar.core.config import PAGE_TOKENS
-from vllm_oscar.ops.triton import page as common
-from vllm_oscar.ops.triton.page import as_pointer, find_request, ring_tokens
+from vllm_oscar.ops.step import Cache, Step
+from vllm_oscar.ops.triton import layout
+from vllm_oscar.ops.triton.codes import e4m3_to_half
+from vllm_oscar.ops.triton.tokens import (
+    as_pointer,
+    cache_args,
+    find_request,
+    first_block,
+    page_row,
+    ring_row,
+    ring_tokens,
+    step_args,
+    step_tokens,
+    token_args,
+)
 
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds a float32 to an integer, ties to even
 
@@ -55,7 +68,7 @@ def affine_params(low, high, LEVELS: tl.constexpr, clip, F: tl.constexpr, FP16: 
         scale = scale_bits.to(tl.float32)
     else:
         scale_bits = to_e4m3(scale)
-        scale = common.e4m3_to_half(scale_bits).to(tl.float32)
+        scale = e4m3_to_half(scale_bits).to(tl.float32)
     if F.INTEGER_ZERO:
         code = round_even(tl.minimum(tl.maximum(tl.div_rn(-low, tl.where(scale > 0, scale, 1.0)), -1.0), LEVELS + 1.0))
         code = tl.minimum(tl.maximum(code, 0.0), LEVELS)
@@ -65,7 +78,7 @@ def affine_params(low, high, LEVELS: tl.constexpr, clip, F: tl.constexpr, FP16: 
         zero = zero_bits.to(tl.float32)
     else:
         zero_bits = to_e4m3(zero)
-        zero = common.e4m3_to_half(zero_bits).to(tl.float32)
+        zero = e4m3_to_half(zero_bits).to(tl.float32)
     return scale_bits, zero_bits, scale, zero
 
 
@@ -78,118 +91,77 @@ def quantize(x, scale, zero, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def load_block(
-    new_ptr,  # head added
-    new_stride,
-    ring_ptr,  # head added, byte pointer
-    ring_stride,
-    ring_table_ptr,
-    ring_pages,
-    position,
-    context,
-    begin,
-    F: tl.constexpr,
-    VALUES: tl.constexpr,
-):
-    """Tokens at ``position`` as float-typed ``[128, DIM_PAD]``: from the ring before ``context``, else new ones."""
+def load_block(new, cache, row, head, position, tokens, F: tl.constexpr, VALUES: tl.constexpr):
+    """Tokens at ``position`` as ``[128, DIM_PAD]``: from the ring before the context's end, else of ``new``."""
     channel = tl.arange(0, F.DIM_PAD)
     is_channel = channel < F.DIM
-    held = position < context
-    element: tl.constexpr = new_ptr.dtype.element_ty
-    old_ptr = ring_tokens(ring_ptr, ring_stride, ring_table_ptr, position, held, ring_pages, element, F)
+    held = position < tokens.context
+    element: tl.constexpr = new.data.dtype.element_ty
+    old_ptr = ring_tokens(cache, row, head, position, held, element, F)
     old_ptr += F.DIM if VALUES else 0
     old = tl.load(old_ptr[:, None] + channel[None, :], mask=held[:, None] & is_channel[None, :], other=0.0)
-    row = (begin + position - context).to(tl.int64)
-    new = tl.load(
-        new_ptr + (row * new_stride)[:, None] + channel[None, :],
-        mask=(position >= context)[:, None] & is_channel[None, :],
+    source = (tokens.begin + position - tokens.context).to(tl.int64)
+    fresh = tl.load(
+        new.data + head * new.head + (source * new.token)[:, None] + channel[None, :],
+        mask=(position >= tokens.context)[:, None] & is_channel[None, :],
         other=0.0,
     )
-    return tl.where(held[:, None], old, new)
+    return tl.where(held[:, None], old, fresh)
 
 
 @triton.jit
 def store_kernel(
-    key_ptr,
-    value_ptr,
-    pages_ptr,
-    ring_ptr,
+    key,
+    value,
     table_ptr,  # int8 signs of the Hadamard matrix [DIM_PAD, DIM_PAD]
-    block_table_ptr,
-    ring_table_ptr,
-    query_start_ptr,
-    seq_lens_ptr,
-    requests,
-    ring_pages,
+    step,
+    cache,
     heads,
     key_clip,
     value_clip,
-    key_stride,
-    key_head_stride,
-    value_stride,
-    value_head_stride,
-    page_stride,
-    page_head_stride,
-    ring_stride,
-    ring_head_stride,
-    block_table_stride,
-    ring_table_stride,
     F: tl.constexpr,
     DOT: tl.constexpr,
 ):
     DIM: tl.constexpr = F.DIM
     DIM_PAD: tl.constexpr = F.DIM_PAD
-    index = tl.program_id(0)
+    program = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    request = find_request(query_start_ptr, index, requests, 128)
-    begin = tl.load(query_start_ptr + request)
-    length = tl.load(query_start_ptr + request + 1) - begin
-    if length <= 0:
+    request = find_request(step, program, 128)
+    tokens = step_tokens(step, request)
+    if tokens.length <= 0:
         return
-    seq_len = tl.load(seq_lens_ptr + request)
-    context = seq_len - length
-    block = context // 128 + index - (begin // 128 + request)
-    if (block + 1) * 128 > seq_len:
+    block = tokens.context // 128 + program - first_block(tokens.begin, request, 128)
+    if (block + 1) * 128 > tokens.context + tokens.length:
         return
     position = block * 128 + tl.arange(0, 128)
-    page_id = tl.load(block_table_ptr + request.to(tl.int64) * block_table_stride + block).to(tl.int64)
-    page = pages_ptr + page_id * page_stride + head * page_head_stride
-    ring_table = ring_table_ptr + request.to(tl.int64) * ring_table_stride
-    ring_head = ring_ptr + head * ring_head_stride
+    page_id = tl.load(page_row(step, request) + block).to(tl.int64)
+    page = cache.pages + page_id * cache.page_block + head * cache.page_head
+    ring = ring_row(step, request)
     channel = tl.arange(0, DIM_PAD)
     signs = tl.load(table_ptr + channel[:, None] * DIM_PAD + channel[None, :])
     if tl.program_id(2) == 0:
-        raw = load_block(
-            key_ptr + head * key_head_stride, key_stride, ring_head, ring_stride, ring_table, ring_pages,
-            position, context, begin, F, False,
-        )  # fmt: skip
-        key = tl.dot(raw.to(DOT), signs.to(DOT), input_precision="ieee") * F.ROTATION_SCALE
+        raw = load_block(key, cache, ring, head, position, tokens, F, False)
+        rotated = tl.dot(raw.to(DOT), signs.to(DOT), input_precision="ieee") * F.ROTATION_SCALE
         if F.HAS_NORM:
             if F.JOINT_NORM:
                 square = tl.zeros([128], tl.float32)
                 for other in range(0, heads):
-                    part = load_block(
-                        key_ptr + other * key_head_stride, key_stride, ring_ptr + other * ring_head_stride,
-                        ring_stride, ring_table, ring_pages, position, context, begin, F, False,
-                    ).to(tl.float32)  # fmt: skip
+                    part = load_block(key, cache, ring, other, position, tokens, F, False).to(tl.float32)
                     square += tl.sum(part * part, 1)
                 mean = tl.div_rn(square, tl.zeros_like(square) + heads * DIM)
             else:
-                square = tl.sum(key * key, 1)
+                square = tl.sum(rotated * rotated, 1)
                 mean = tl.div_rn(square, tl.zeros_like(square) + DIM)
             norm_bits = to_fp16(tl.sqrt_rn(mean))
             norm = norm_bits.to(tl.float32)
             token = tl.arange(0, 128)
             slot = token // 16 * 16 + token % 8 * 2 + token // 8 % 2
             tl.store(as_pointer(page, F.NORMS, tl.float16) + slot, norm_bits)
-            key = tl.div_rn(key, tl.where(norm > 0, norm, 1.0)[:, None])
-            key = tl.where((norm > 0)[:, None], key, 0.0)
-        store_keys(page, key, block, key_clip, F)
+            rotated = tl.div_rn(rotated, tl.where(norm > 0, norm, 1.0)[:, None])
+            rotated = tl.where((norm > 0)[:, None], rotated, 0.0)
+        store_keys(page, rotated, block, key_clip, F)
     else:
-        raw = load_block(
-            value_ptr + head * value_head_stride, value_stride, ring_head, ring_stride, ring_table, ring_pages,
-            position, context, begin, F, True,
-        )  # fmt: skip
+        raw = load_block(value, cache, ring, head, position, tokens, F, True)
         store_values(page, tl.dot(raw.to(DOT), signs.to(DOT), input_precision="ieee") * F.ROTATION_SCALE, value_clip, F)
         if F.PADDING < F.PAGE_BYTES:
             spare = F.PADDING + tl.arange(0, 128)
@@ -320,110 +292,58 @@ def store_values(page, value, clip, F: tl.constexpr):
 
 
 @triton.jit
-def write_ring_kernel(
-    key_ptr,
-    value_ptr,
-    ring_ptr,
-    ring_table_ptr,
-    query_start_ptr,
-    seq_lens_ptr,
-    requests,
-    ring_pages,
-    heads,
-    key_stride,
-    key_head_stride,
-    value_stride,
-    value_head_stride,
-    ring_stride,
-    ring_head_stride,
-    ring_table_stride,
-    F: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+def write_ring_kernel(key, value, step, cache, heads, F: tl.constexpr, BLOCK_H: tl.constexpr):
     """One new token of all heads."""
     row = tl.program_id(0)
-    request = find_request(query_start_ptr, row, requests, 1)
-    end = tl.load(query_start_ptr + request + 1)
-    if (row >= end) | (row < end - F.RING_TOKENS * ring_pages):
+    request = find_request(step, row, 1)
+    tokens = step_tokens(step, request)
+    token = row - tokens.begin
+    if (token >= tokens.length) | (token < tokens.length - F.RING_TOKENS * cache.ring_pages):
         return
-    element: tl.constexpr = key_ptr.dtype.element_ty
-    position = tl.load(seq_lens_ptr + request) - end + row
-    slot = position % (F.RING_TOKENS * ring_pages)
-    page = tl.load(ring_table_ptr + request.to(tl.int64) * ring_table_stride + slot // F.RING_TOKENS).to(tl.int64)
     head = tl.arange(0, BLOCK_H).to(tl.int64)[:, None]
     channel = tl.arange(0, F.DIM_PAD)[None, :]
     mask = (head < heads) & (channel < F.DIM)
     source = row.to(tl.int64)
-    key = tl.load(key_ptr + source * key_stride + head * key_head_stride + channel, mask=mask)
-    value = tl.load(value_ptr + source * value_stride + head * value_head_stride + channel, mask=mask)
-    offset = page * ring_stride + slot % F.RING_TOKENS * (2 * F.DIM * (element.primitive_bitwidth // 8))
-    target = as_pointer(ring_ptr, offset + head * ring_head_stride, element) + channel
-    tl.store(target, key, mask=mask)
-    tl.store(target + F.DIM, value, mask=mask)
+    keys = tl.load(key.data + source * key.token + head * key.head + channel, mask=mask)
+    values = tl.load(value.data + source * value.token + head * value.head + channel, mask=mask)
+    element: tl.constexpr = key.data.dtype.element_ty
+    target = ring_tokens(cache, ring_row(step, request), head, tokens.context + token, True, element, F) + channel
+    tl.store(target, keys, mask=mask)
+    tl.store(target + F.DIM, values, mask=mask)
 
 
 # ---- host -------------------------------------------------------------------------
-def store_pages(
-    key, value, pages, ring, block_table, ring_table, query_start_loc, seq_lens, ring_pages, fmt
-) -> None:
-    """See :func:`vllm_oscar.ops.reference.store_pages`."""
+def store_pages(step: Step, cache: Cache, key: torch.Tensor, value: torch.Tensor) -> None:
+    """See :class:`vllm_oscar.ops.step.Kernels`."""
     tokens, heads, dim = key.shape
-    requests = seq_lens.shape[0]
-    F = common.layout(fmt, key.element_size())
-    store_kernel[(tokens // PAGE_TOKENS + requests, heads, 2)](
-        key,
-        value,
-        pages,
-        ring,
-        common.rotation(dim, "natural", key.device, torch.int8),
-        block_table,
-        ring_table,
-        query_start_loc,
-        seq_lens,
-        requests,
-        ring_pages,
+    config = cache.fmt.config
+    store_kernel[(tokens // PAGE_TOKENS + step.requests, heads, 2)](
+        token_args("key", key),
+        token_args("value", value),
+        layout.rotation(dim, "natural", key.device),
+        step_args(step),
+        cache_args(cache),
         heads,
-        fmt.config.key_clip,
-        fmt.config.value_clip,
-        key.stride(0),
-        key.stride(1),
-        value.stride(0),
-        value.stride(1),
-        pages.stride(0),
-        pages.stride(1),
-        ring.stride(0),
-        ring.stride(1),
-        block_table.stride(0),
-        ring_table.stride(0),
-        F,
-        common.dot_dtype(key.dtype),
+        config.key_clip,
+        config.value_clip,
+        layout.page_layout(cache.fmt, key.element_size()),
+        layout.mode(key.dtype, 1).DOT,
         num_warps=8,
         num_stages=1,
         enable_fp_fusion=False,
     )
 
 
-def write_ring(key, value, ring, ring_table, query_start_loc, seq_lens, ring_pages, fmt) -> None:
-    """See :func:`vllm_oscar.ops.reference.write_ring`."""
+def write_ring(step: Step, cache: Cache, key: torch.Tensor, value: torch.Tensor) -> None:
+    """See :class:`vllm_oscar.ops.step.Kernels`."""
     tokens, heads, _ = key.shape
     write_ring_kernel[(tokens,)](
-        key,
-        value,
-        ring,
-        ring_table,
-        query_start_loc,
-        seq_lens,
-        seq_lens.shape[0],
-        ring_pages,
+        token_args("key", key),
+        token_args("value", value),
+        step_args(step),
+        cache_args(cache),
         heads,
-        key.stride(0),
-        key.stride(1),
-        value.stride(0),
-        value.stride(1),
-        ring.stride(0),
-        ring.stride(1),
-        ring_table.stride(0),
-        common.layout(fmt, key.element_size()),
+        layout.page_layout(cache.fmt, key.element_size()),
         triton.next_power_of_2(heads),
         num_warps=4,
     )

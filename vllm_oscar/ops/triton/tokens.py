@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every kernel is called with, where a request's tokens are, and attention over 16-bit tokens.
+
+Arguments that belong together are one tuple: the step, the layer's cache, each of the
+layer's tensors. Request arithmetic and ring addressing are here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_oscar.ops.step import Cache, Step
+
+LOG2E = tl.constexpr(1.4426950408889634)
+_NAME = "triton"
+
+
+# ---- arguments ---------------------------------------------------------------------
+class StepArgs(NamedTuple):
+    """A :class:`~vllm_oscar.ops.step.Step`; int32 pointers, rows in entries."""
+
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    page_table: torch.Tensor
+    ring_table: torch.Tensor
+    ring_start: torch.Tensor
+    page_table_row: int
+    ring_table_row: int
+    requests: int
+
+
+class CacheArgs(NamedTuple):
+    """A :class:`~vllm_oscar.ops.step.Cache`; byte pointers, strides in bytes."""
+
+    pages: torch.Tensor
+    ring: torch.Tensor
+    page_block: int
+    page_head: int
+    ring_block: int
+    ring_head: int
+    ring_pages: int
+    scale: float
+
+
+class TokenArgs(NamedTuple):
+    """One of the layer's tensors ``[tokens, heads, head_dim]``; strides in elements."""
+
+    data: torch.Tensor
+    token: int
+    head: int
+
+
+def require(condition: bool, message: str) -> None:
+    """``ValueError`` unless ``condition`` holds."""
+    if not condition:
+        raise ValueError(f"OScaR Triton kernels: {message}")
+
+
+def step_args(step: Step) -> StepArgs:
+    """Converted once per step."""
+    args = step.native.get(_NAME)
+    if args is None:
+        for name in ("query_start_loc", "seq_lens", "page_table", "ring_table", "ring_start"):
+            x = getattr(step, name)
+            require(x.dtype == torch.int32, f"{name} is {x.dtype}, not int32")
+            require(x.stride(-1) == 1 or x.shape[-1] <= 1, f"{name} must be contiguous in its last dimension")
+        args = step.native[_NAME] = StepArgs(
+            step.query_start_loc,
+            step.seq_lens,
+            step.page_table,
+            step.ring_table,
+            step.ring_start,
+            step.page_table.stride(0),
+            step.ring_table.stride(0),
+            step.requests,
+        )
+    return args
+
+
+def cache_args(cache: Cache) -> CacheArgs:
+    """Converted once per layer."""
+    args = cache.native.get(_NAME)
+    if args is None:
+        for name in ("pages", "ring"):
+            require(getattr(cache, name).stride(-1) == 1, f"the bytes of a page of {name} must be contiguous")
+        args = cache.native[_NAME] = CacheArgs(
+            cache.pages,
+            cache.ring,
+            *cache.pages.stride()[:2],
+            *cache.ring.stride()[:2],
+            cache.ring_pages,
+            cache.scale,
+        )
+    return args
+
+
+def token_args(name: str, x: torch.Tensor) -> TokenArgs:
+    """``x [tokens, heads, head_dim]``; its channels must be contiguous, and nothing is copied to make them so."""
+    token, head, channel = x.stride()
+    require(channel == 1, f"the channels of {name} must be contiguous, but their stride is {channel}")
+    return TokenArgs(x, token, head)
+
+
+# ---- device: where a request's tokens are -------------------------------------------
+class StepTokens(NamedTuple):
+    """The step's tokens of one request: rows begin .. begin + length - 1 are positions context, context + 1, ..."""
+
+    begin: tl.tensor
+    length: tl.tensor
+    context: tl.tensor
+
+
+@triton.jit
+def step_tokens(step, request):
+    """:class:`StepTokens` of a request. One that pads a batch may be shorter than its query: it has no context."""
+    begin = tl.load(step.query_start_loc + request)
+    length = tl.load(step.query_start_loc + request + 1) - begin
+    return StepTokens(begin, length, tl.maximum(tl.load(step.seq_lens + request) - length, 0))
+
+
+@triton.jit
+def first_block(begin, request, BLOCK: tl.constexpr):
+    """First block of BLOCK tokens of the request whose rows start at ``begin``.
+
+    With BLOCK > 1 a request owns enough blocks for its tokens, and one more: so shapes
+    alone say how many blocks a batch has at most, and its rows need not be aligned.
+    """
+    if BLOCK > 1:
+        return begin // BLOCK + request
+    else:
+        return begin
+
+
+@triton.jit
+def find_request(step, block, BLOCK: tl.constexpr):
+    """Last request whose :func:`first_block` is not behind ``block``."""
+    low = 0
+    high = step.requests
+    while high - low > 1:
+        middle = (low + high) // 2
+        if first_block(tl.load(step.query_start_loc + middle), middle, BLOCK) <= block:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def ring_start(step, request, context):
+    """First position that attention reads from the ring; those before it come from pages."""
+    return tl.minimum(tl.maximum(tl.load(step.ring_start + request), 0), context)
+
+
+@triton.jit
+def pages_before(position):
+    return (position + 127) // 128
+
+
+@triton.jit
+def page_row(step, request):
+    """The request's row of the page table."""
+    return step.page_table + request.to(tl.int64) * step.page_table_row
+
+
+@triton.jit
+def ring_row(step, request):
+    """The request's row of the ring table."""
+    return step.ring_table + request.to(tl.int64) * step.ring_table_row
+
+
+@triton.jit
+def as_pointer(base, offset, element: tl.constexpr):
+    """Byte pointer ``base + offset`` as a pointer to ``element``."""
+    return (base + offset).to(tl.pointer_type(element), bitcast=True)
+
+
+@triton.jit
+def ring_tokens(cache, row, head, position, is_token, element: tl.constexpr, F: tl.constexpr):
+    """Pointers to the keys at ``position`` in the ring of table row ``row``; the value is DIM elements behind.
+
+    ``position`` and ``head`` (int64) broadcast against each other.
+    """
+    BYTES: tl.constexpr = element.primitive_bitwidth // 8
+    slot = position % (F.RING_TOKENS * cache.ring_pages)
+    block = tl.load(row + slot // F.RING_TOKENS, mask=is_token, other=0).to(tl.int64)
+    offset = block * cache.ring_block + (slot % F.RING_TOKENS) * (2 * F.DIM * BYTES)
+    return as_pointer(cache.ring + head * cache.ring_head, offset, element)
+
+
+# ---- device: attention over 16-bit tokens ---------------------------------------------
+class Sums(NamedTuple):
+    """Online softmax of query rows."""
+
+    peak: tl.tensor  # [rows] running maximum
+    total: tl.tensor  # [rows] running sum
+    acc: tl.tensor  # [rows, DIM_PAD] weighted values
+
+
+@triton.jit
+def attend_tokens(
+    q,  # [rows, DIM_PAD] DOT type, not rotated
+    key,  # [DIM_PAD, tokens]
+    value,  # [tokens, DIM_PAD]
+    visible,  # [rows, tokens]
+    logit_scale,  # softmax scale * log2(e)
+    sums,
+    DOT: tl.constexpr,
+):
+    """Logits, online softmax and weighted values. Invisible rows must be finite."""
+    s = tl.dot(q, key, input_precision="ieee") * logit_scale
+    s = tl.where(visible, s, float("-inf"))
+    best = tl.maximum(sums.peak, tl.max(s, 1))
+    pivot = tl.where(best == float("-inf"), 0.0, best)
+    shrink = tl.exp2(sums.peak - pivot)
+    p = tl.exp2(s - pivot[:, None])
+    total = sums.total * shrink + tl.sum(p, 1)
+    acc = tl.dot(p.to(DOT), value, sums.acc * shrink[:, None], input_precision="ieee")
+    return Sums(best, total, acc)
+
+
+@triton.jit
+def attend_tail(
+    q,  # [rows, DIM_PAD] DOT type, not rotated
+    row_position,  # [rows] position of each row's token; -1 where there is none
+    tokens,  # StepTokens
+    ring_begin,
+    last,  # one past the last position any row sees
+    key,
+    value,
+    cache,
+    row,  # of the ring table
+    head,  # int64
+    sums,
+    F: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Exact tokens: the ring's ``ring_begin .. context - 1``, then the step's own up to ``last - 1``."""
+    logit_scale = cache.scale * LOG2E
+    channel = tl.arange(0, F.DIM_PAD)
+    is_channel = channel < F.DIM
+    key_ptr = key.data + head * key.head
+    value_ptr = value.data + head * value.head
+    element: tl.constexpr = key.data.dtype.element_ty
+    for start in range(ring_begin, tokens.context, BLOCK_N):
+        position = start + tl.arange(0, BLOCK_N)
+        is_token = position < tokens.context
+        token_ptr = ring_tokens(cache, row, head, position, is_token, element, F)
+        keys = tl.load(token_ptr[None, :] + channel[:, None], mask=is_token[None, :] & is_channel[:, None], other=0.0)
+        values = tl.load(
+            token_ptr[:, None] + F.DIM + channel[None, :], mask=is_token[:, None] & is_channel[None, :], other=0.0
+        )
+        visible = is_token[None, :] & (row_position >= 0)[:, None]
+        sums = attend_tokens(q, keys.to(M.DOT), values.to(M.DOT), visible, logit_scale, sums, M.DOT)
+    for start in range(tokens.context, last, BLOCK_N):
+        position = start + tl.arange(0, BLOCK_N)
+        is_token = position < last
+        source = (tokens.begin + position - tokens.context).to(tl.int64)
+        keys = tl.load(
+            key_ptr + source[None, :] * key.token + channel[:, None],
+            mask=is_token[None, :] & is_channel[:, None],
+            other=0.0,
+        )
+        values = tl.load(
+            value_ptr + source[:, None] * value.token + channel[None, :],
+            mask=is_token[:, None] & is_channel[None, :],
+            other=0.0,
+        )
+        visible = is_token[None, :] & (position[None, :] <= row_position[:, None])
+        sums = attend_tokens(q, keys.to(M.DOT), values.to(M.DOT), visible, logit_scale, sums, M.DOT)
+    return sums
