@@ -27,6 +27,7 @@ extern "C" void oscar_cpu_sizes(int32_t sizes[3]) {
   sizes[1] = sizeof(OscarAttentionParams);
   sizes[2] = sizeof(OscarCpuRun);
 }
+extern "C" OSCAR_EXPORT const char* oscar_source_hash() { return OSCAR_SOURCE_HASH; }
 
 static const OscarKernels& kernels(const OscarCpuRun& run) {
 #if defined(__x86_64__)

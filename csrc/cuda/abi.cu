@@ -43,6 +43,7 @@ extern "C" int oscar_attention_workspace(const OscarAttentionParams* params, con
 }
 
 extern "C" int oscar_probe() { return oscar::probe(); }
+extern "C" const char* oscar_source_hash() { return OSCAR_SOURCE_HASH; }
 
 extern "C" const char* oscar_error_string(int code) {
   switch (code) {

@@ -18,10 +18,9 @@ import torch
 
 from vllm_oscar.core.format import PageFormat
 from vllm_oscar.core.hadamard import hadamard
+from vllm_oscar.ops.library import NativeLibraryError, how_to_build, library_path, load
 from vllm_oscar.ops.native import AttentionParams, Binding, StoreParams, fields
 from vllm_oscar.ops.step import Cache, Limits, Step
-
-LIBRARY = Path(__file__).resolve().parent.parent / "lib" / "oscar_cpu.so"
 
 _ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")  # in the order of preference, worst first
 _BINDING = Binding("CPU", "cpu", (torch.float32, torch.bfloat16, torch.float16), alignment=1)
@@ -35,34 +34,23 @@ class _Run(ctypes.Structure):
 
 # ---- the library -------------------------------------------------------------------
 @lru_cache(maxsize=None)
-def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or why there is none."""
-    path = Path(os.environ.get("OSCAR_CPU_LIBRARY", LIBRARY))
-    if not path.exists():
-        return None, f"{path} was not built (no C++ compiler, or it failed; OSCAR_NATIVE=cpu pip install . tells)"
-    sizes = (c_int32 * 3)()
-    try:
-        library = ctypes.CDLL(str(path))  # after torch, whose OpenMP runtime it shares
-        library.oscar_cpu_sizes(sizes)
-    except (OSError, AttributeError) as error:
-        return None, f"{path} cannot be loaded: {error}"
+def _library() -> ctypes.CDLL:
+    """The loaded library. Raises :class:`NativeLibraryError`."""
+    path = Path(os.environ.get("OSCAR_CPU_LIBRARY") or library_path("cpu"))
+    library, sizes = load("cpu", path), (c_int32 * 3)()
+    library.oscar_cpu_sizes(sizes)
     if list(sizes) != [ctypes.sizeof(struct) for struct in (StoreParams, AttentionParams, _Run)]:
-        return None, f"{path} was built from another version of vllm-oscar; install the package again"
-    return library, ""
+        raise NativeLibraryError(f"{path} has another interface than this package; {how_to_build('cpu')}")
+    return library
 
 
 def available() -> tuple[bool, str]:
     """Whether the native library can be used, and if not, why not."""
-    library, reason = _load()
-    return library is not None, reason
-
-
-@lru_cache(maxsize=None)
-def _library() -> ctypes.CDLL:
-    library, reason = _load()
-    if library is None:
-        raise RuntimeError(f"the native CPU kernels of vllm-oscar are not available: {reason}")
-    return library
+    try:
+        _library()
+    except NativeLibraryError as error:
+        return False, str(error)
+    return True, ""
 
 
 # ---- how to run --------------------------------------------------------------------

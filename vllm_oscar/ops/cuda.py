@@ -12,17 +12,17 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_int32, c_int64, c_void_p
 from functools import cache as memoize
-from pathlib import Path
 
 import torch
 
 from vllm_oscar.core import envs
 from vllm_oscar.core.format import PageFormat
+from vllm_oscar.ops.library import NativeLibraryError, how_to_build, library_path, load
 from vllm_oscar.ops.native import AttentionParams, Binding, CacheStruct, StepStruct, StoreParams, fields, format_struct
 from vllm_oscar.ops.step import Cache, Limits, Step
 
 GRAPH_SUPPORT = "UNIFORM_BATCH"
-LIBRARY = Path(__file__).parents[1] / "lib" / "oscar_cuda.so"
+LIBRARY = library_path("cuda")
 HEAD_DIMS = (64, 128, 256)
 COUNTER_BYTES = 65536  # OSCAR_COUNTER_BYTES
 MAX_DECODE_QUERY = 16
@@ -43,15 +43,11 @@ class LaunchStruct(ctypes.Structure):
 
 @memoize
 def _library() -> ctypes.CDLL:
-    """The loaded library. Raises ``OSError`` if it is missing or of another version."""
-    library = ctypes.CDLL(str(LIBRARY))
-    sizes = (c_int32 * 3)()
-    try:
-        library.oscar_sizes(sizes)
-    except AttributeError:
-        pass  # older than that function
+    """The loaded library. Raises :class:`NativeLibraryError`."""
+    library, sizes = load("cuda", LIBRARY), (c_int32 * 3)()
+    library.oscar_sizes(sizes)
     if list(sizes) != [ctypes.sizeof(struct) for struct in (StoreParams, AttentionParams, LaunchStruct)]:
-        raise OSError(f"{LIBRARY} belongs to another version of vllm-oscar; rebuild it")
+        raise NativeLibraryError(f"{LIBRARY} has another interface than this package; {how_to_build('cuda')}")
     library.oscar_error_string.restype = ctypes.c_char_p
     return library
 
@@ -74,14 +70,12 @@ def _stream(device: int) -> c_void_p:
 @memoize
 def available() -> tuple[bool, str]:
     """Whether the library exists and runs on the current device, and if not, why not."""
-    if not LIBRARY.exists():
-        return False, "the CUDA library was not built (no nvcc, or it failed; OSCAR_NATIVE=cuda pip install . tells)"
-    if not torch.cuda.is_available():
-        return False, "no CUDA device is visible to torch"
     try:
         library = _library()
-    except OSError as error:
+    except NativeLibraryError as error:
         return False, str(error)
+    if not torch.cuda.is_available():
+        return False, "no CUDA device is visible to torch"
     torch.cuda.init()
     code = library.oscar_probe()
     if code:
