@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -49,6 +50,8 @@ def server(model: Path, dtype: str, log: Path):
         "--kv-cache-dtype", dtype, "--max-model-len", str(CONTEXT),
         "--kv-cache-memory-bytes", str(MEMORY), "--max-num-seqs", "16",
     ]  # fmt: skip
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        command.append("--enforce-eager")  # torch.compile needs a C++ compiler
     console.print(f"[bold]$ {' '.join(command[1:])}[/]", highlight=False)
     environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     with log.open("w") as output:

