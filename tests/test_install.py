@@ -245,6 +245,7 @@ BROKEN = 'raise RuntimeError("operator torchvision::nms does not exist")\n'
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_wheel_works_without_compiler_and_checkout(checkout, tmp_path):
     """Built, installed beside this environment's torch and vLLM, mended, examined, and served with."""
     wheel = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, checkout]
