@@ -6,7 +6,8 @@
 Each DIR holds an unpacked vLLM (``DIR/vllm/__init__.py``). The symbols are read from the
 syntax trees, so nothing is imported and no compiled extension is needed. ``--register``
 also imports each tree in a process of its own, with its Python sources before the
-installed vLLM, and really registers the plugin there.
+installed vLLM, and really registers the plugin there. What is needed stands in
+``vllm_oscar/engine/symbols.py``.
 """
 
 from __future__ import annotations
@@ -19,101 +20,11 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
-# What the plugin needs of every supported version: (file, symbol, parameters or fields in order).
-# A symbol is a function, a class, a method "Class.method" or a module variable.
-ALWAYS = [
-    # compat.py
-    ("envs.py", "environment_variables", []),
-    ("config/cache.py", "CacheConfig", ["block_size", "cache_dtype", "kv_cache_dtype_skip_layers"]),
-    ("v1/attention/selector.py", "AttentionSelectorConfig", ["head_size", "dtype", "kv_cache_dtype", "block_size"]),
-    ("v1/attention/backends/registry.py", "AttentionBackendEnum.CUSTOM", []),
-    ("v1/attention/backends/registry.py", "register_backend", ["backend", "class_path"]),
-    ("v1/kv_cache_spec_registry.py", "KVCacheSpecRegistry._ensure_registered", []),
-    (
-        "v1/kv_cache_spec_registry.py",
-        "KVCacheSpecRegistry.register",
-        ["cls", "kvcache_spec_cls", "manager_class", "uniform_type_base_spec"],
-    ),
-    *(
-        entry
-        for platform, cls in (("cpu", "CpuPlatform"), ("cuda", "CudaPlatformBase"))
-        for entry in (
-            (
-                f"platforms/{platform}.py",
-                f"{cls}.get_attn_backend_cls",
-                ["cls", "selected_backend", "attn_selector_config"],
-            ),
-            (f"platforms/{platform}.py", f"{cls}.check_and_update_config", ["cls", "vllm_config"]),
-        )
-    ),
-    ("model_executor/layers/attention/attention.py", "Attention.__init__", ["self", "num_heads", "head_size"]),
-    ("model_executor/layers/attention/attention.py", "Attention.get_kv_cache_spec", ["self", "vllm_config"]),
-    # tail.py
-    ("model_executor/layers/attention_layer_base.py", "AttentionLayerBase.get_attn_backend", ["self"]),
-    ("model_executor/layers/attention_layer_base.py", "AttentionLayerBase.get_kv_cache_spec", ["self", "vllm_config"]),
-    ("utils/math_utils.py", "cdiv", ["a", "b"]),
-    ("v1/core/kv_cache_utils.py", "KVCacheBlock", ["block_id", "ref_cnt", "is_null"]),
-    ("v1/core/block_pool.py", "BlockPool.get_new_blocks", ["self", "num_blocks"]),
-    ("v1/kv_cache_interface.py", "KVCacheSpec", ["block_size"]),
-    ("v1/kv_cache_interface.py", "AttentionSpec", ["num_kv_heads", "head_size", "dtype", "state_content_bytes"]),
-    ("v1/kv_cache_interface.py", "CircularBufferSpec.max_memory_usage_bytes", ["self", "vllm_config"]),
-    ("v1/kv_cache_interface.py", "CircularBufferSpec.max_num_blocks_per_req", ["self", "vllm_config", "max_len"]),
-    ("v1/kv_cache_interface.py", "CircularBufferSpec.is_uniform_with_collection", ["self", "kv_cache_specs"]),
-    *(
-        ("v1/core/single_type_kv_cache_manager.py", f"{cls}.{method}", parameters)
-        for cls, method, parameters in (
-            ("SingleTypeKVCacheManager", "__init__", ["self", "kv_cache_spec", "block_pool"]),
-            ("SingleTypeKVCacheManager", "pop_blocks_for_free", ["self", "request_id"]),
-            ("CircularBufferManager", "_claim_ring_block", ["self", "request_id"]),
-            ("CircularBufferManager", "get_num_blocks_to_allocate", ["self", "request_id", "num_tokens"]),
-            ("CircularBufferManager", "allocate_new_blocks", ["self", "request_id"]),
-            ("CircularBufferManager", "cache_blocks", ["self", "request", "num_tokens"]),
-            (
-                "CircularBufferManager",
-                "add_local_computed_blocks",
-                [
-                    "self",
-                    "request_id",
-                    "new_computed_blocks",
-                    "num_local_computed_tokens",
-                    "num_external_computed_tokens",
-                ],
-            ),
-        )
-    ),
-    # metadata.py, backend.py, impl.py
-    (
-        "v1/attention/backend.py",
-        "CommonAttentionMetadata",
-        ["query_start_loc", "seq_lens", "num_actual_tokens", "max_query_len", "block_table_tensor"],
-    ),
-    (
-        "v1/attention/backend.py",
-        "AttentionMetadataBuilder.build",
-        ["self", "common_prefix_len", "common_attn_metadata", "fast_build"],
-    ),
-    ("v1/attention/backend.py", "AttentionMetadataBuilder._init_reorder_batch_threshold", ["self"]),
-    ("v1/attention/backend.py", "AttentionBackend.forward_includes_kv_cache_update", []),
-    ("v1/attention/backend.py", "AttentionCGSupport.NEVER", []),
-    ("v1/attention/backend.py", "AttentionType.DECODER", []),
-    ("v1/kv_cache_interface.py", "KVCacheLayout", []),
-    ("v1/kv_cache_layout.py", "KVCacheLayout.LBHNC", []),
-    ("v1/kv_cache_layout.py", "KVCacheLayout.BLHNC", []),
-    ("forward_context.py", "get_forward_context", []),
-]
+from vllm_oscar.engine import symbols
+from vllm_oscar.engine.symbols import Symbol
 
-# The two ways to add a dtype: either all of the first or all of the second.
-NEW_DTYPE = [
-    ("config/cache.py", "register_kv_cache_dtype", ["name"]),
-    ("config/cache.py", "get_kv_cache_dtype_handler", ["name"]),
-    ("v1/kv_cache_interface.py", "KVQuantMode.NONE", []),
-]
-OLD_DTYPE = [
-    ("config/cache.py", "CacheDType", []),
-    ("v1/attention/selector.py", "CacheDType", []),
-    ("utils/torch_utils.py", "STR_DTYPE_TO_TORCH_DTYPE", []),
-    ("engine/arg_utils.py", "_compute_kwargs", ["cls"]),
-]
+# A platform's methods must be those of every class that users run.
+PLATFORMS = (("platforms.cpu", "CpuPlatform"), ("platforms.cuda", "CudaPlatformBase"))
 
 REGISTER = """
 import vllm
@@ -151,15 +62,19 @@ print("registered", vllm.__version__, vllm.__file__)
 """
 
 
+def source(root: Path, module: str) -> Path:
+    """The file of ``vllm.<module>`` in the tree of ``root``, which may not exist."""
+    path = root.joinpath("vllm", *module.split(".")) if module else root / "vllm"
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
 @lru_cache(maxsize=None)
-def _module(path: Path) -> ast.Module:
+def _tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
 def _find(node: ast.Module | ast.ClassDef, name: str):
     """A function, class, assignment or import called ``name`` in a module (also under ``if``) or class body."""
-    if not isinstance(node, (ast.Module, ast.ClassDef)):
-        return None
     for child in ast.walk(node) if isinstance(node, ast.Module) else node.body:
         if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and child.name == name:
             return child
@@ -169,50 +84,85 @@ def _find(node: ast.Module | ast.ClassDef, name: str):
             return child
         if isinstance(child, ast.ImportFrom) and any((a.asname or a.name) == name for a in child.names):
             return child
+        if isinstance(node, ast.Module) and isinstance(child, ast.Constant) and child.value == name:
+            return child  # a package that imports its names lazily lists them in a dictionary
     return None
 
 
-def _names(node) -> list[str]:
-    """Parameters of a function, fields of a class."""
+def _definition(root: Path, module: str, name: str):
+    """``(node, module)`` where ``name`` of ``module`` is defined, through vLLM's own imports."""
+    path = source(root, module)
+    found = _find(_tree(path), name) if path.exists() else None
+    if isinstance(found, ast.ImportFrom):
+        parts = module.split(".")[: len(module.split(".")) - found.level + (path.name == "__init__.py")]
+        target = ".".join(filter(None, (*parts, found.module))) if found.level else found.module
+        if found.level or target.startswith("vllm."):
+            original = next(a.name for a in found.names if (a.asname or a.name) == name)
+            return _definition(root, target.removeprefix("vllm."), original)
+    return found, module
+
+
+def _bases(node: ast.ClassDef, root: Path, module: str):
+    """The classes that a class derives from, as far as they are vLLM's: ``(class, module)``."""
+    for base in node.bases:
+        name = getattr(base, "id", None) or getattr(getattr(base, "value", None), "id", None)
+        found, where = _definition(root, module, name) if name else (None, module)
+        if isinstance(found, ast.ClassDef):
+            yield found, where
+
+
+def _member(node: ast.ClassDef, name: str, root: Path, module: str):
+    found = _find(node, name)
+    for base, where in _bases(node, root, module) if found is None else ():
+        found = found or _member(base, name, root, where)
+    return found
+
+
+def _names(node, root: Path, module: str) -> list[str]:
+    """Parameters of a function, fields of a class and its bases."""
     if isinstance(node, ast.ClassDef):
-        return [child.target.id for child in node.body if isinstance(child, ast.AnnAssign)]
+        inherited = [name for base, where in _bases(node, root, module) for name in _names(base, root, where)]
+        return inherited + [child.target.id for child in node.body if isinstance(child, ast.AnnAssign)]
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         return [argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
     return []
 
 
-def problem(root: Path, file: str, symbol: str, names: list[str]) -> str | None:
-    """A sentence if ``symbol`` is missing or lacks one of ``names``; for functions their order counts."""
-    path = root / "vllm" / file
+def problem(root: Path, symbol: Symbol) -> str | None:
+    """A sentence if ``symbol`` is missing, or a parameter, field or attribute of it."""
+    if symbol.module == symbols.PLATFORM:
+        found = (problem(root, symbol._replace(module=m, name=f"{c}.{symbol.name}")) for m, c in PLATFORMS)
+        return next(filter(None, found), None)
+    path = source(root, symbol.module)
     if not path.exists():
-        return f"{file} does not exist"
-    node = _module(path)
-    for part in symbol.split("."):
-        node = _find(node, part)
-        if node is None:
-            return f"{file} has no {symbol}"
-    found = _names(node)
-    missing = [name for name in names if name not in found]
-    if missing:
-        return f"{file}: {symbol} has no {', '.join(missing)} (it has {', '.join(found)})"
-    if not isinstance(node, ast.ClassDef) and found[: len(names)] != names:
-        return f"{file}: {symbol} starts with ({', '.join(found[: len(names)])}), not ({', '.join(names)})"
-    return None
+        return f"{path.relative_to(root)} does not exist"
+    file, (name, *member) = path.relative_to(root / "vllm"), symbol.name.split(".")
+    node, module = _definition(root, symbol.module, name)
+    if member:
+        node = _member(node, *member, root, module) if isinstance(node, ast.ClassDef) else None
+    if node is None:
+        return f"{file} has no {symbol.name}"
+    found = _names(node, root, module)
+    lacking = [name for name in symbol.names if name not in found]
+    if lacking:
+        return f"{file}: {symbol.name} has no {', '.join(lacking)} (it has {', '.join(found)})"
+    if not isinstance(node, ast.ClassDef) and tuple(found[: len(symbol.names)]) != symbol.names:
+        return f"{file}: {symbol.name} starts with ({', '.join(found)}), not ({', '.join(symbol.names)})"
+    given = {child.attr for child in ast.walk(node) if isinstance(child, ast.Attribute)} if symbol.sets else ()
+    unset = [name for name in symbol.sets if name not in given]
+    return f"{file}: {symbol.name} sets no {', '.join(unset)}" if unset else None
 
 
 def problems(root: Path) -> list[str]:
     """Every problem of a source tree."""
-    found = [problem(root, *entry) for entry in ALWAYS]
-    new = [problem(root, *entry) for entry in NEW_DTYPE]
-    if any(new):
-        # Not all of the new interface: then none of it, and all of what we patch instead.
-        found += [problem(root, *entry) for entry in OLD_DTYPE]
-    return [text for text in found if text]
+    needed = symbols.needed(lambda symbol: problem(root, symbol) is None)
+    return [text for text in (problem(root, symbol) for symbol in needed) if text]
 
 
 def register(root: Path) -> str | None:
     """Register the plugin in a process that imports the sources of ``root``; the error's last line."""
-    env = os.environ | {"PYTHONPATH": str(root), "VLLM_TARGET_DEVICE": "cpu", "VLLM_LOGGING_LEVEL": "ERROR"}
+    paths = os.pathsep.join((str(root), str(Path(symbols.__file__).parents[2])))
+    env = os.environ | {"PYTHONPATH": paths, "VLLM_TARGET_DEVICE": "cpu", "VLLM_LOGGING_LEVEL": "ERROR"}
     result = subprocess.run([sys.executable, "-c", REGISTER], env=env, cwd="/", capture_output=True, text=True)
     if result.returncode == 0 and str(root.resolve()) in result.stdout:
         return None

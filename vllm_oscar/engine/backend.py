@@ -47,8 +47,25 @@ class OscarBackend(AttentionBackend):
         return (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
 
     @classmethod
+    def supports_compute_capability(cls, capability) -> bool:
+        return capability is None or capability >= (8, 0)  # None: a CPU
+
+    @classmethod
+    def supports_combination(
+        cls, head_size, dtype, kv_cache_dtype, block_size, use_mla, has_sink, use_sparse, use_mm_prefix,
+        device_capability,
+    ) -> str | None:  # fmt: skip
+        if dtype == torch.float32 and device_capability is not None:
+            return "dtype not supported"  # tensor cores take 16-bit queries
+        return None
+
+    @classmethod
     def supports_kv_connector(cls) -> bool:
         return False
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        return False  # prefills are planned from the host's lengths
 
 
 class OscarTailBackend(OscarBackend):

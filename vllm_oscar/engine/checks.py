@@ -11,15 +11,20 @@ import logging
 
 from vllm_oscar.core import envs
 from vllm_oscar.core.config import PAGE_TOKENS, PRESETS, SUPPORTED_HEAD_DIMS, NormScope
+from vllm_oscar.core.layers import uneven_layers
 
 logger = logging.getLogger("vllm.oscar")
 
 
-class UnsupportedByOscar(ValueError):
-    """The requested combination cannot be served with an OScaR KV cache."""
+class UnsupportedByOscar(Exception):
+    """The requested combination cannot be served with an OScaR KV cache.
+
+    Not a ``ValueError``: pydantic would wrap that in a message about the whole configuration.
+    """
 
 
-_AUTO = "or serve this model with --kv-cache-dtype auto"
+_HEAD_DIMS = ", ".join(map(str, SUPPORTED_HEAD_DIMS))
+_OTHER_MODEL = "choose another model, or serve this model with --kv-cache-dtype auto"
 
 
 def _refuse(dtype: str, what: str, remedy: str) -> None:
@@ -43,11 +48,42 @@ def check_config(vllm_config) -> None:
         _refuse(dtype, "KV connectors", "remove --kv-transfer-config")
     if getattr(cache, "prefix_match_unit", None) not in (None, PAGE_TOKENS):
         _refuse(dtype, "prefix hits inside a page", "remove --prefix-match-unit")
+    device = vllm_config.device_config.device_type
+    if device not in ("cpu", "cuda"):
+        _refuse(dtype, f"the device {device}", "use an NVIDIA GPU or a CPU, or --kv-cache-dtype auto")
+    _check_environment()
     _check_parallelism(vllm_config.parallel_config, dtype)
     _check_speculation(vllm_config.speculative_config, dtype)
     if vllm_config.model_config is not None:
         _check_model(vllm_config.model_config, dtype)
-    envs.deterministic()  # refuses values that it does not know, before a kernel asks
+        _check_as_a_layer_will(vllm_config)
+    _warn(vllm_config, dtype)
+
+
+def _check_environment() -> None:
+    """Refuse values that our variables do not have before a worker asks for them."""
+    try:
+        for read in (envs.lossless_codec, envs.forced_kernels, envs.deterministic):
+            read()
+    except ValueError as error:
+        raise UnsupportedByOscar(str(error)) from None
+
+
+def _check_as_a_layer_will(vllm_config) -> None:
+    """Ask vLLM for the backend of a plain layer of this model, which comes to :func:`check_selection`.
+
+    A layer asks in a worker; here users are told in the process that they started.
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.v1.attention.selector import get_attn_backend
+
+    model = vllm_config.model_config
+    with set_current_vllm_config(vllm_config):
+        get_attn_backend(model.get_head_size(), model.dtype, vllm_config.cache_config.cache_dtype)
+
+
+def _warn(vllm_config, dtype: str) -> None:
+    """One line in the log for each setting that does not do what the user may think."""
     if envs.lossless_codec():
         logger.warning(
             "VLLM_OSCAR_CODEC=lossless: the KV cache is NOT compressed. This is a test mode; unset it to serve."
@@ -55,6 +91,14 @@ def check_config(vllm_config) -> None:
     if PRESETS[dtype].norm is NormScope.JOINT and vllm_config.parallel_config.tensor_parallel_size > 1:
         logger.warning(
             "%s takes one key norm over all KV heads of a rank, so its numerics depend on the tensor-parallel size.",
+            dtype,
+        )
+    attention = vllm_config.attention_config
+    chosen = {backend.name for backend in (attention.backend, *(attention.backend_per_kind or {}).values()) if backend}
+    if chosen - {"OSCAR"}:
+        logger.warning(
+            "--attention-backend %s is ignored: only OScaR's own backend reads --kv-cache-dtype %s.",
+            ", ".join(sorted(chosen)),
             dtype,
         )
 
@@ -95,29 +139,76 @@ def _check_model(model, dtype: str) -> None:
     )
     for what, present in refusals:
         if present:
-            _refuse(dtype, what, f"choose another model, {_AUTO}")
+            _refuse(dtype, what, _OTHER_MODEL)
     head_dim = model.get_head_size()
     if head_dim not in SUPPORTED_HEAD_DIMS:
-        known = ", ".join(map(str, SUPPORTED_HEAD_DIMS))
-        _refuse(dtype, f"head size {head_dim} (supported: {known})", f"choose another model, {_AUTO}")
+        _refuse(dtype, f"head size {head_dim} (supported: {_HEAD_DIMS})", _OTHER_MODEL)
+    uneven = uneven_layers(text.to_dict())
+    if uneven:
+        _refuse(dtype, uneven, _OTHER_MODEL)
 
 
-def check_selection(selector_config) -> None:
-    """The same for one layer, with what only the layer knows. Raises :class:`UnsupportedByOscar`."""
+# What AttentionBackend.validate_configuration may say: what it means here, and the way out.
+_REASONS = {
+    "head_size not supported": ("head size {head_size} (supported: " + _HEAD_DIMS + ")", _OTHER_MODEL),
+    "dtype not supported": ("the model dtype {dtype}", "use --dtype bfloat16 or --kv-cache-dtype auto"),
+    "block_size not supported": ("--block-size {block_size}", f"use --block-size {PAGE_TOKENS}"),
+    "partial multimodal token full attention not supported": ("bidirectional multimodal prefixes", _OTHER_MODEL),
+    "MLA not supported": ("multi-head latent attention (MLA)", _OTHER_MODEL),
+    "attention sinks not supported": ("attention sinks", _OTHER_MODEL),
+    "sparse not supported": ("sparse attention", _OTHER_MODEL),
+    "per-head quant scales not supported": ("a checkpoint with KV scales per head", _OTHER_MODEL),
+    "compute capability not supported": (
+        "this GPU",
+        "use an NVIDIA GPU of compute capability 8.0 or newer, or --kv-cache-dtype auto",
+    ),
+    "sliding window not supported": ("sliding-window attention", _OTHER_MODEL),
+    "R-SWA not supported": ("sliding windows beside a prompt that stays visible (R-SWA)", _OTHER_MODEL),
+    "non-causal attention not supported": ("non-causal attention", _OTHER_MODEL),
+    "batch invariance not supported": (
+        "batch-invariant mode",
+        "unset VLLM_BATCH_INVARIANT or use --kv-cache-dtype auto",
+    ),
+    "KV connector not supported": ("KV connectors", "remove --kv-transfer-config"),
+    "PCP not supported": ("prefill context parallelism", "remove --prefill-context-parallel-size"),
+    "DCP not supported": ("decode context parallelism", "remove --decode-context-parallel-size"),
+    "device-cpu query lens mismatch not supported, this is needed for adaptive verification": (
+        "adaptive verification of drafts",
+        "remove --speculative-config",
+    ),
+}
+
+
+def check_selection(selector_config, device_capability=None) -> None:
+    """The same for one layer, with what only the layer knows. Raises :class:`UnsupportedByOscar`.
+
+    vLLM's own rules decide, by what :class:`~vllm_oscar.engine.backend.OscarBackend` says of
+    itself, so that a new one is never overlooked. ``selector_config``: vLLM's
+    ``AttentionSelectorConfig``; ``device_capability``: of the GPU, if it is one.
+    """
     from vllm_oscar.engine.backend import OscarBackend
 
-    dtype = selector_config.kv_cache_dtype
-    for attribute, what in (
-        ("use_mla", "multi-head latent attention (MLA)"),
-        ("has_sink", "attention sinks"),
-        ("use_sparse", "sparse attention"),
-        ("use_mm_prefix", "bidirectional multimodal prefixes"),
-        ("has_sliding_window", "sliding-window attention"),
-        ("use_non_causal", "non-causal attention"),
-    ):
-        if getattr(selector_config, attribute, False):
-            _refuse(dtype, what, f"choose another model, {_AUTO}")
-    if not OscarBackend.supports_head_size(selector_config.head_size):
-        _refuse(dtype, f"head size {selector_config.head_size}", f"choose another model, {_AUTO}")
-    if not OscarBackend.supports_attn_type(selector_config.attn_type):
-        _refuse(dtype, f"{selector_config.attn_type} attention", f"choose another model, {_AUTO}")
+    reasons = OscarBackend.validate_configuration(device_capability=device_capability, **selector_config._asdict())
+    if not reasons:
+        return
+    what, remedy = _REASONS.get(reasons[0], (reasons[0].removesuffix(" not supported"), _OTHER_MODEL))
+    _refuse(selector_config.kv_cache_dtype, what.format(**selector_config._asdict()), remedy)
+
+
+def check_layer(layer, layers: dict) -> None:
+    """Refuse an Attention layer that cannot share blocks with the others, whatever the model's configuration said.
+
+    ``layers``: those made so far, by name; this one may be among them.
+    """
+    dtype = layer.kv_cache_dtype
+    if layer.head_size_v != layer.head_size:
+        _refuse(dtype, f"values of {layer.head_size_v} channels beside keys of {layer.head_size}", _OTHER_MODEL)
+    shape = (layer.num_kv_heads, layer.head_size)
+    for name, other in layers.items():
+        if getattr(other, "kv_cache_dtype", None) == dtype and (other.num_kv_heads, other.head_size) != shape:
+            _refuse(
+                dtype,
+                f"layers that differ in KV heads or head size ({layer.layer_name} has {shape[0]} heads of {shape[1]}, "
+                f"{name} {other.num_kv_heads} of {other.head_size})",
+                _OTHER_MODEL,
+            )

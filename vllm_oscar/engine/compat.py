@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every touch of vLLM internals, one function per patch (catalogue: ``patches/README.md``).
+"""Every patch of vLLM, one function each (catalogue: ``patches/README.md``; what they touch: ``symbols.py``).
 
-Each is idempotent, because vLLM loads plugins in every process and sometimes twice.
+Each is idempotent, because vLLM loads plugins in every process and sometimes twice, and
+does nothing for other dtypes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 
 from vllm_oscar.core import envs
 from vllm_oscar.core.config import PRESETS
+from vllm_oscar.engine import symbols
+from vllm_oscar.engine.checks import UnsupportedByOscar
 
 MIN_VLLM = (0, 29)
 MAX_VLLM = (0, 33)  # inclusive
@@ -46,15 +49,39 @@ def unsupported_version() -> str | None:
     )
 
 
+class IncompatibleVllm(RuntimeError):
+    """This vLLM lacks something that the plugin needs; the message is one sentence."""
+
+
+def _incompatible(what: str) -> IncompatibleVllm:
+    import vllm
+
+    oldest, newest = (".".join(map(str, version)) for version in (MIN_VLLM, MAX_VLLM))
+    return IncompatibleVllm(
+        f"--kv-cache-dtype oscar does not support this vLLM {vllm.__version__}: {what}; "
+        f"install vLLM {oldest} to {newest} unchanged, or a newer vllm-oscar"
+    )
+
+
 def apply() -> None:
-    """Apply every patch to the vLLM of this process."""
-    register_environment()
-    register_dtypes()
-    register_backends()
-    register_tail_spec()
-    patch_backend_selection()
-    patch_config_check()
-    patch_attention_layer()
+    """Apply every patch to the vLLM of this process.
+
+    Raises :class:`IncompatibleVllm` if it lacks something, before anything is changed.
+    Should a patch fail all the same, the others remain: they do nothing for other dtypes.
+    """
+    lacking = symbols.missing()
+    if lacking:
+        raise _incompatible(lacking)
+    try:
+        register_environment()
+        register_dtypes()
+        register_backends()
+        register_tail_spec()
+        patch_backend_selection()
+        patch_config_check()
+        patch_attention_layer()
+    except Exception as error:  # whatever a changed vLLM raises
+        raise _incompatible(f"{type(error).__name__}: {error}") from error
 
 
 def _wrap_once(owner: type, name: str, wrapper) -> None:
@@ -67,6 +94,28 @@ def _wrap_once(owner: type, name: str, wrapper) -> None:
     wrapped = functools.wraps(function)(wrapper(function))
     wrapped._oscar = True
     setattr(owner, name, classmethod(wrapped) if is_classmethod else wrapped)
+
+
+def refuse_dtypes(sentence: str) -> None:
+    """Instead of :func:`apply`: who chooses one of our dtypes is told why it cannot be had.
+
+    Touches as little as possible: the dtypes, so that the command line accepts them, and
+    the one method that every entry point makes its configuration with.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    def wrapper(original):
+        def create_engine_config(self, *args, **kwargs):
+            if self.kv_cache_dtype in PRESETS:
+                raise UnsupportedByOscar(sentence)
+            return original(self, *args, **kwargs)
+
+        return create_engine_config
+
+    if "kv_cache_dtype" not in EngineArgs.__dataclass_fields__:
+        raise AttributeError("EngineArgs has no kv_cache_dtype")
+    _wrap_once(EngineArgs, "create_engine_config", wrapper)
+    register_dtypes()
 
 
 def register_environment() -> None:
@@ -104,36 +153,42 @@ def register_dtypes() -> None:
     from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
     from vllm.v1.attention import selector
 
-    known = get_args(cache.CacheDType)
-    if set(PRESETS) <= set(known):
+    config, known = cache.CacheConfig, cache.CacheDType
+    if set(PRESETS) <= set(get_args(known)):
         return
-    extended = Literal[(*known, *PRESETS)]
+    # Whatever may be missing is looked up before anything is changed.
+    annotations, field, model = config.__annotations__, config.__dataclass_fields__, config.__pydantic_fields__
+    field, model, choices = field["cache_dtype"], model["cache_dtype"], arg_utils._compute_kwargs.cache_clear
+
+    def set_literal(literal) -> None:
+        cache.CacheDType = selector.CacheDType = literal
+        annotations["cache_dtype"] = field.type = model.annotation = literal
+        config.__pydantic_complete__ = False
+        rebuild_dataclass(config, force=True)
+
+    try:
+        set_literal(Literal[(*get_args(known), *PRESETS)])
+    except Exception:
+        set_literal(known)
+        raise
     STR_DTYPE_TO_TORCH_DTYPE.update(dict.fromkeys(PRESETS, torch.uint8))
-    cache.CacheDType = selector.CacheDType = extended
-    config = cache.CacheConfig
-    config.__annotations__["cache_dtype"] = extended
-    config.__dataclass_fields__["cache_dtype"].type = extended
-    config.__pydantic_fields__["cache_dtype"].annotation = extended
-    config.__pydantic_complete__ = False
-    rebuild_dataclass(config, force=True)
-    if hasattr(arg_utils, "_compute_kwargs"):  # the command line's cached choices
-        arg_utils._compute_kwargs.cache_clear()
+    choices()  # the command line's, which it keeps
 
 
 def register_backends() -> None:
-    """Give the backends their names in vLLM's registry."""
+    """Give the backends names that vLLM's registry knows."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    if hasattr(AttentionBackendEnum, "register"):  # vLLM >= 0.32
-        for name, path in BACKENDS.items():
-            if name not in AttentionBackendEnum.__members__:
-                register_backend(name, path)
-        return
-    # Earlier there is one slot for strangers, and a backend must bear its name.
-    from vllm_oscar.engine.backend import OscarBackend
+    if not hasattr(AttentionBackendEnum, "register"):  # vLLM < 0.32
+        # Strangers have one slot there. It is left to others: a layer only asks whether its
+        # backend's name exists, and the class is found by its path.
+        from vllm_oscar.engine.backend import OscarBackend
 
-    register_backend(AttentionBackendEnum.CUSTOM, BACKENDS["OSCAR"])
-    OscarBackend.name = "CUSTOM"
+        OscarBackend.name = AttentionBackendEnum.CUSTOM.name
+        return
+    for name, path in BACKENDS.items():
+        if name not in AttentionBackendEnum.__members__:
+            register_backend(name, path)
 
 
 def register_tail_spec() -> None:
@@ -156,7 +211,7 @@ def patch_backend_selection() -> None:
             if attn_selector_config.kv_cache_dtype in PRESETS:
                 from vllm_oscar.engine.checks import check_selection
 
-                check_selection(attn_selector_config)
+                check_selection(attn_selector_config, cls.get_device_capability())
                 return BACKENDS["OSCAR"]
             return original(cls, selected_backend, attn_selector_config, *args, **kwargs)
 
@@ -196,9 +251,12 @@ def patch_attention_layer() -> None:
             if self.kv_cache_dtype in PRESETS:
                 from vllm.config import get_current_vllm_config
 
+                from vllm_oscar.engine.checks import check_layer
                 from vllm_oscar.engine.tail import OscarTail
 
-                self.oscar_tail = OscarTail(self, get_current_vllm_config())
+                vllm_config = get_current_vllm_config()
+                check_layer(self, vllm_config.compilation_config.static_forward_context)
+                self.oscar_tail = OscarTail(self, vllm_config)
 
         return __init__
 

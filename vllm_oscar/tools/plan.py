@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vllm_oscar.core.config import PAGE_TOKENS, PRESETS, SUPPORTED_HEAD_DIMS
 from vllm_oscar.core.format import PageFormat
+from vllm_oscar.core.layers import uneven_layers
 
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -44,7 +45,7 @@ class ModelShape:
     def load(path: str | Path, tensor_parallel: int = 1) -> ModelShape:
         """Read a model folder's ``config.json``, or that file.
 
-        Raises ``ValueError`` in one sentence if it is not there or not a decoder.
+        Raises ``ValueError`` in one sentence if it is not there, not a decoder, or one that OScaR cannot serve.
         """
         file = Path(path)
         file = file / "config.json" if file.is_dir() else file
@@ -68,6 +69,9 @@ class ModelShape:
                 f"{file} describes a model that OScaR does not support (encoder, MLA, sliding windows or layers "
                 "without attention); see the support matrix in README.md"
             )
+        uneven = uneven_layers(config)
+        if uneven:
+            raise ValueError(f"{file} describes a model that OScaR does not support: {uneven}; choose another model")
         kv_heads = config.get("num_key_value_heads") or heads
         dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
         return ModelShape(layers, max(1, kv_heads // tensor_parallel), head_dim, _ITEMSIZE.get(dtype, 2))

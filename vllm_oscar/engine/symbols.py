@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every symbol of vLLM that the plugin imports, calls, overrides or reads, in one table.
+
+:func:`missing` holds the running vLLM against it before anything is patched, so that a
+vLLM that lacks something still serves all else. ``tests/check_vllm_sources.py`` holds the
+sources of other versions against it, and ``tests/test_symbols.py`` our code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from typing import NamedTuple
+
+
+class Symbol(NamedTuple):
+    """A function, class, method ``Class.method``, class variable or module variable.
+
+    Attributes:
+        module: below ``vllm``; ``PLATFORM`` is the class of the running platform.
+        name: in that module.
+        names: first parameters in their order, or fields of a class in any order.
+        sets: attributes that ``__init__`` gives the instance.
+    """
+
+    module: str
+    name: str
+    names: tuple[str, ...] = ()
+    sets: tuple[str, ...] = ()
+
+
+PLATFORM = "platforms.*"
+
+ALWAYS = (
+    # compat.py
+    Symbol("", "__version__"),
+    Symbol("envs", "environment_variables"),
+    Symbol("config", "get_current_vllm_config"),
+    Symbol("engine.arg_utils", "EngineArgs", ("kv_cache_dtype",)),
+    Symbol("engine.arg_utils", "EngineArgs.create_engine_config", ("self",)),
+    Symbol("v1.attention.backends.registry", "AttentionBackendEnum.CUSTOM"),
+    Symbol("v1.attention.backends.registry", "register_backend", ("backend", "class_path")),
+    Symbol("v1.kv_cache_spec_registry", "KVCacheSpecRegistry._ensure_registered"),
+    Symbol(
+        "v1.kv_cache_spec_registry",
+        "KVCacheSpecRegistry.register",
+        ("cls", "kvcache_spec_cls", "manager_class", "uniform_type_base_spec"),
+    ),
+    Symbol("platforms", "current_platform"),
+    Symbol(PLATFORM, "get_attn_backend_cls", ("cls", "selected_backend", "attn_selector_config")),
+    Symbol(PLATFORM, "check_and_update_config", ("cls", "vllm_config")),
+    Symbol(PLATFORM, "get_device_capability"),
+    Symbol("model_executor.layers.attention", "Attention"),
+    Symbol(
+        "model_executor.layers.attention.attention",
+        "Attention.__init__",
+        ("self", "num_heads", "head_size"),
+        sets=(
+            "attn_backend",
+            "dtype",
+            "head_size",
+            "head_size_v",
+            "impl",
+            "kv_cache_dtype",
+            "layer_name",
+            "num_kv_heads",
+        ),
+    ),
+    Symbol("model_executor.layers.attention.attention", "Attention.get_kv_cache_spec", ("self", "vllm_config")),
+    # checks.py
+    Symbol("config", "set_current_vllm_config", ("vllm_config",)),
+    Symbol("config.attention", "AttentionConfig", ("backend", "backend_per_kind")),
+    Symbol("v1.attention.selector", "get_attn_backend", ("head_size", "dtype", "kv_cache_dtype")),
+    Symbol(
+        "v1.attention.selector",
+        "AttentionSelectorConfig",
+        ("head_size", "dtype", "kv_cache_dtype", "block_size", "attn_type"),
+    ),
+    Symbol("v1.attention.backend", "AttentionBackend.validate_configuration", ("cls", "head_size", "dtype")),
+    Symbol("config", "VllmConfig"),
+    Symbol(
+        "config.vllm",
+        "VllmConfig",
+        (
+            "attention_config",
+            "cache_config",
+            "compilation_config",
+            "device_config",
+            "kv_transfer_config",
+            "model_config",
+            "parallel_config",
+            "scheduler_config",
+            "speculative_config",
+        ),
+    ),
+    Symbol("config.vllm", "VllmConfig.num_speculative_tokens"),
+    Symbol(
+        "config.cache",
+        "CacheConfig",
+        ("block_size", "cache_dtype", "kv_cache_dtype_skip_layers", "user_specified_block_size"),
+    ),
+    Symbol("config.compilation", "CompilationConfig", ("static_forward_context",)),
+    Symbol("config.device", "DeviceConfig", ("device_type",)),
+    Symbol("config.model", "ModelConfig", ("dtype", "hf_config", "hf_text_config")),
+    *(
+        Symbol("config.model", f"ModelConfig.{name}")
+        for name in ("get_head_size", "is_attention_free", "is_encoder_decoder", "is_hybrid", "use_mla")
+    ),
+    Symbol("config.model", "ModelConfig.__post_init__", sets=("hf_text_config", "runner_type")),
+    Symbol("config.parallel", "ParallelConfig", ("tensor_parallel_size",)),
+    Symbol("config.scheduler", "SchedulerConfig", ("max_num_batched_tokens", "max_num_seqs")),
+    Symbol("config.speculative", "SpeculativeConfig", ("method",)),
+    # tail.py
+    Symbol("model_executor.layers.attention_layer_base", "AttentionLayerBase"),
+    Symbol("model_executor.layers.attention_layer_base", "AttentionLayerBase.get_attn_backend", ("self",)),
+    Symbol(
+        "model_executor.layers.attention_layer_base", "AttentionLayerBase.get_kv_cache_spec", ("self", "vllm_config")
+    ),
+    Symbol("utils.math_utils", "cdiv", ("a", "b")),
+    Symbol("v1.core.kv_cache_utils", "KVCacheBlock", ("block_id", "ref_cnt", "is_null")),
+    Symbol("v1.core.block_pool", "BlockPool.get_new_blocks", ("self", "num_blocks")),
+    Symbol("v1.kv_cache_interface", "KVCacheSpec", ("block_size",)),
+    Symbol("v1.kv_cache_interface", "AttentionSpec", ("num_kv_heads", "head_size", "dtype", "state_content_bytes")),
+    Symbol("v1.kv_cache_interface", "AttentionSpec.page_size_bytes"),
+    Symbol("v1.kv_cache_interface", "CircularBufferSpec"),
+    Symbol("v1.kv_cache_interface", "CircularBufferSpec.max_memory_usage_bytes", ("self", "vllm_config")),
+    Symbol("v1.kv_cache_interface", "CircularBufferSpec.max_num_blocks_per_req", ("self", "vllm_config", "max_len")),
+    Symbol("v1.kv_cache_interface", "CircularBufferSpec.is_uniform_with_collection", ("self", "kv_cache_specs")),
+    Symbol("v1.core.single_type_kv_cache_manager", "CircularBufferManager"),
+    Symbol(
+        "v1.core.single_type_kv_cache_manager",
+        "SingleTypeKVCacheManager.__init__",
+        ("self", "kv_cache_spec", "block_pool"),
+        sets=("block_pool", "kv_cache_spec", "req_to_blocks"),
+    ),
+    Symbol(
+        "v1.core.single_type_kv_cache_manager", "SingleTypeKVCacheManager.pop_blocks_for_free", ("self", "request_id")
+    ),
+    *(
+        Symbol("v1.core.single_type_kv_cache_manager", f"CircularBufferManager.{method}", ("self", *parameters))
+        for method, *parameters in (
+            ("_claim_ring_block", "request_id"),
+            ("get_num_blocks_to_allocate", "request_id", "num_tokens"),
+            ("allocate_new_blocks", "request_id"),
+            ("cache_blocks", "request", "num_tokens"),
+            (
+                "add_local_computed_blocks",
+                "request_id",
+                "new_computed_blocks",
+                "num_local_computed_tokens",
+                "num_external_computed_tokens",
+            ),
+        )
+    ),
+    # metadata.py, backend.py, impl.py
+    *(
+        Symbol("v1.attention.backend", name)
+        for name in ("AttentionBackend", "AttentionImpl", "AttentionMetadata", "AttentionMetadataBuilder")
+    ),
+    *(
+        Symbol("v1.attention.backend", f"AttentionBackend.{member}")
+        for member in (
+            "forward_includes_kv_cache_update",
+            "get_builder_cls",
+            "get_impl_cls",
+            "get_name",
+            "get_supported_head_sizes",
+            "get_supported_kernel_block_sizes",
+            "supported_dtypes",
+            "supported_kv_cache_dtypes",
+            "supported_kv_cache_layouts",
+            "supports_combination",
+            "supports_compute_capability",
+            "supports_device_cpu_query_lens_mismatch",
+            "supports_kv_connector",
+        )
+    ),
+    Symbol(
+        "v1.attention.backend",
+        "AttentionMetadataBuilder.__init__",
+        ("self", "kv_cache_spec", "layer_names", "vllm_config", "device"),
+        sets=("device", "kv_cache_spec"),
+    ),
+    Symbol(
+        "v1.attention.backend",
+        "AttentionMetadataBuilder.build",
+        ("self", "common_prefix_len", "common_attn_metadata", "fast_build"),
+    ),
+    Symbol(
+        "v1.attention.backend",
+        "AttentionMetadataBuilder._init_reorder_batch_threshold",
+        ("self", "reorder_batch_threshold", "supports_spec_as_decode"),
+    ),
+    Symbol("v1.attention.backend", "AttentionMetadataBuilder.get_cudagraph_support", ("cls", "vllm_config")),
+    Symbol("v1.attention.backend", "AttentionMetadataBuilder.reorder_batch_threshold"),
+    Symbol(
+        "v1.attention.backend",
+        "AttentionImpl.forward",
+        ("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
+    ),
+    Symbol("v1.attention.backend", "AttentionImpl.__init__", ("self", "num_heads", "head_size", "scale")),
+    Symbol(
+        "v1.attention.backend",
+        "CommonAttentionMetadata",
+        (
+            "block_table_tensor",
+            "max_query_len",
+            "num_actual_tokens",
+            "num_reqs",
+            "query_start_loc",
+            "query_start_loc_cpu",
+            "seq_lens",
+            "seq_lens_cpu_upper_bound",
+        ),
+    ),
+    Symbol("v1.attention.backend", "AttentionCGSupport.NEVER"),
+    Symbol("v1.attention.backend", "AttentionType.DECODER"),
+    Symbol("v1.kv_cache_interface", "KVCacheLayout"),
+    Symbol("v1.kv_cache_layout", "KVCacheLayout.LBHNC"),
+    Symbol("v1.kv_cache_layout", "KVCacheLayout.BLHNC"),
+    Symbol("forward_context", "get_forward_context"),
+    Symbol("forward_context", "ForwardContext", ("attn_metadata",)),
+)
+
+# The two ways to add a dtype: either all of the first or all of the second.
+NEW_DTYPE = (
+    Symbol("config.cache", "register_kv_cache_dtype", ("name",)),
+    Symbol("config.cache", "get_kv_cache_dtype_handler", ("name",)),
+    Symbol("v1.kv_cache_interface", "KVQuantMode.NONE"),
+)
+OLD_DTYPE = (
+    Symbol("config.cache", "CacheDType"),
+    Symbol("v1.attention.selector", "CacheDType"),
+    Symbol("utils.torch_utils", "STR_DTYPE_TO_TORCH_DTYPE"),
+    Symbol("engine.arg_utils", "_compute_kwargs", ("cls",)),
+)
+
+
+def _platform() -> type:
+    from vllm.platforms import current_platform
+
+    return type(current_platform)
+
+
+def _fields(cls: type) -> set[str]:
+    """Fields of a dataclass or named tuple, and whatever else the class and its bases declare."""
+    found = set(getattr(cls, "_fields", ())) | set(getattr(cls, "__dataclass_fields__", ()))
+    for base in cls.__mro__:
+        found |= set(base.__dict__.get("__annotations__", ()))
+    return found
+
+
+def problem(symbol: Symbol) -> str | None:
+    """What the running vLLM lacks of ``symbol``, as the end of a sentence."""
+    where = "the platform" if symbol.module == PLATFORM else f"vllm.{symbol.module}".rstrip(".")
+    try:
+        found = _platform() if symbol.module == PLATFORM else importlib.import_module(where)
+    except ImportError as error:
+        return f"{where} cannot be imported ({error})"
+    for part in symbol.name.split("."):
+        declared = isinstance(found, type) and part in _fields(found)
+        if not declared and not hasattr(found, part):
+            return f"{where} has no {symbol.name}"
+        found = getattr(found, part, None)
+    if isinstance(found, type):
+        absent = [name for name in symbol.names if name not in _fields(found)]
+        return f"{where}: {symbol.name} has no {', '.join(absent)}" if absent else None
+    function = inspect.unwrap(getattr(found, "__func__", found)) if symbol.names or symbol.sets else None
+    if symbol.names:
+        parameters = tuple(inspect.signature(function).parameters)
+        if parameters[: len(symbol.names)] != symbol.names:
+            return f"{where}: {symbol.name} takes ({', '.join(parameters)}), not ({', '.join(symbol.names)}, ...)"
+    # Another plugin's wrapper says nothing about the function inside it.
+    if symbol.sets and getattr(function, "__module__", "").startswith("vllm."):
+        absent = [name for name in symbol.sets if name not in function.__code__.co_names]
+        if absent:
+            return f"{where}: {symbol.name} sets no {', '.join(absent)}"
+    return None
+
+
+def needed(module_has) -> Iterator[Symbol]:
+    """The symbols that one vLLM needs: of the two ways to add a dtype only the one that it has.
+
+    ``module_has(symbol)``: whether that vLLM has ``symbol``.
+    """
+    yield from ALWAYS
+    yield from NEW_DTYPE if all(map(module_has, NEW_DTYPE)) else OLD_DTYPE
+
+
+def missing() -> str | None:
+    """The first thing that the running vLLM lacks, as the end of a sentence; None if it lacks nothing."""
+    for symbol in needed(lambda symbol: problem(symbol) is None):
+        found = problem(symbol)
+        if found:
+            return found
+    return None
