@@ -45,6 +45,10 @@ for preset in PRESETS:
     assert CacheConfig(cache_dtype=preset).cache_dtype == preset
     layer = AttentionSelectorConfig(head_size=128, dtype=torch.bfloat16, kv_cache_dtype=preset, block_size=128)
     assert current_platform.get_attn_backend_cls(None, layer) == compat.BACKENDS["OSCAR"]
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm_oscar.engine.backend import OscarBackend
+assert OscarBackend.get_name() in AttentionBackendEnum.__members__  # a layer looks it up
+assert not AttentionBackendEnum.CUSTOM.is_overridden()  # the slot of others
 spec = OscarTailSpec(block_size=128, num_kv_heads=2, head_size=128, dtype=torch.uint8, state_content_bytes=90, pages=6)
 assert KVCacheSpecRegistry.get_manager_class(spec) is OscarTailManager
 full = FullAttentionSpec(block_size=128, num_kv_heads=2, head_size=128, dtype=torch.uint8, state_content_bytes=90)
@@ -64,7 +68,7 @@ print("registered", vllm.__version__, vllm.__file__)
 
 def source(root: Path, module: str) -> Path:
     """The file of ``vllm.<module>`` in the tree of ``root``, which may not exist."""
-    path = root.joinpath("vllm", *module.split(".")) if module else root / "vllm"
+    path = root.joinpath("vllm", *module.split("."))
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
@@ -84,8 +88,6 @@ def _find(node: ast.Module | ast.ClassDef, name: str):
             return child
         if isinstance(child, ast.ImportFrom) and any((a.asname or a.name) == name for a in child.names):
             return child
-        if isinstance(node, ast.Module) and isinstance(child, ast.Constant) and child.value == name:
-            return child  # a package that imports its names lazily lists them in a dictionary
     return None
 
 

@@ -6,6 +6,7 @@ Other versions' sources are checked by hand with ``python tests/check_vllm_sourc
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -47,20 +48,46 @@ def test_the_plugin_registers_in_a_fresh_process():
             "backend: ",
             "CpuPlatform.get_attn_backend_cls has no selected_backend",
         ),
+        (
+            "v1/core/single_type_kv_cache_manager.py",
+            "self.req_to_blocks",
+            "self.request_blocks",
+            "SingleTypeKVCacheManager.__init__ sets no req_to_blocks",
+        ),
+        ("config/__init__.py", "    VllmConfig,\n", "", "config/__init__.py has no VllmConfig"),
     ],
 )
 def test_the_check_sees_a_changed_vllm(tmp_path, file, old, new, expected):
-    """Each change alone, in a copy of the files that the check reads."""
-    for name, *_ in (*sources.ALWAYS, *sources.NEW_DTYPE, *sources.OLD_DTYPE):
-        target = tmp_path / "vllm" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(INSTALLED / "vllm" / name, target)
+    """Each change alone, in a tree of links to the installed sources."""
+    only_sources = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(INSTALLED / "vllm", tmp_path / "vllm", copy_function=os.symlink, ignore=only_sources)
     assert sources.problems(tmp_path) == []
     changed = tmp_path / "vllm" / file
-    changed.write_text(changed.read_text().replace(old, new))
-    sources._module.cache_clear()
+    text = changed.read_text()
+    assert old in text
+    changed.unlink()
+    changed.write_text(text.replace(old, new))
+    sources._tree.cache_clear()
     found = sources.problems(tmp_path)
     assert len(found) == 1 and expected in found[0], found
+
+
+def test_before_032_the_custom_slot_is_left_to_others(monkeypatch):
+    """There our backend bears the slot's name, for layers ask for its backend's, but another plugin may fill it."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from vllm_oscar.engine import compat
+    from vllm_oscar.engine.backend import OscarBackend
+
+    monkeypatch.setattr(OscarBackend, "name", "OSCAR")
+    monkeypatch.delattr(AttentionBackendEnum, "register")
+    compat.register_backends()
+    assert OscarBackend.get_name() == "CUSTOM"
+    assert not AttentionBackendEnum.CUSTOM.is_overridden()
+    register_backend(AttentionBackendEnum.CUSTOM, "another.plugin.Backend")
+    compat.register_backends()
+    assert AttentionBackendEnum.CUSTOM.get_path() == "another.plugin.Backend"
+    AttentionBackendEnum.CUSTOM.clear_override()
 
 
 def test_applying_twice_changes_nothing():

@@ -3,11 +3,24 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
+import logging
 import re
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm_engine import MODEL, environment
+
+from vllm_oscar.engine import checks
+from vllm_oscar.engine.checks import UnsupportedByOscar
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -25,6 +38,17 @@ LLAMA = {
 
 
 @pytest.fixture
+def log():
+    """The messages of warnings and errors; vLLM's loggers do not propagate to pytest's."""
+    lines: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())
+    checks.logger.addHandler(handler)
+    yield lines
+    checks.logger.removeHandler(handler)
+
+
+@pytest.fixture
 def refusal(tmp_path, monkeypatch):
     """``refusal(config, **engine args)``: the message with which the engine's configuration is refused."""
     from vllm.engine.arg_utils import EngineArgs
@@ -39,7 +63,7 @@ def refusal(tmp_path, monkeypatch):
         return EngineArgs(**args).create_engine_config()
 
     def message(config: dict | None = None, **args) -> str:
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises((UnsupportedByOscar, ValueError)) as caught:
             create(config, **args)
         found = re.sub(r" \[type=value_error.*", "", str(caught.value), flags=re.DOTALL)
         return found.split("Value error, ")[-1].strip()
@@ -174,12 +198,8 @@ def test_options(refusal, args, what, remedy):
 @pytest.mark.parametrize("method", ["draft_model", "eagle", "mtp", "suffix", "medusa"])
 def test_speculation_other_than_ngram(method):
     """At the level of the check: vLLM wants a draft model's files before it gets there."""
-    from types import SimpleNamespace
-
-    from vllm_oscar.engine.checks import UnsupportedByOscar, _check_speculation
-
     with pytest.raises(UnsupportedByOscar) as caught:
-        _check_speculation(SimpleNamespace(method=method), "oscar")
+        checks._check_speculation(SimpleNamespace(method=method), "oscar")
     assert_sentence(str(caught.value), method, '{"method": "ngram"}')
 
 
@@ -221,20 +241,47 @@ def test_our_variables_pass_vllms_validation(refusal, monkeypatch):
     assert "VLLM_OSCAR_CODECS" in refusal(fail_on_environ_validation=True)
 
 
+@pytest.mark.parametrize("kernels", ["Triton", "cutlass"])
+def test_unknown_kernels(refusal, monkeypatch, kernels):
+    monkeypatch.setenv("VLLM_OSCAR_KERNELS", kernels)
+    assert refusal().startswith(f"VLLM_OSCAR_KERNELS='{kernels}' is unknown; use one of ")
+
+
 @pytest.mark.parametrize("version", ["0.28.1", "0.34.0", "1.0.0"])
-def test_an_unsupported_vllm_is_named_and_left_alone(monkeypatch, caplog, version):
+def test_an_unsupported_vllm_is_named_and_left_alone(monkeypatch, log, version):
     import vllm
 
     from vllm_oscar.engine import compat, plugin
 
+    refused = []
     monkeypatch.setattr(vllm, "__version__", version)
     monkeypatch.setattr(compat, "apply", lambda: pytest.fail("patched an unsupported vLLM"))
-    with caplog.at_level("ERROR"):
-        plugin.register()
+    monkeypatch.setattr(compat, "refuse_dtypes", refused.append)
+    plugin.register()
     short = ".".join(version.split(".")[:2])
-    expected = f"vllm-oscar supports vLLM 0.29 to 0.33, but vLLM {short} is installed; "
-    messages = [record.getMessage() for record in caplog.records] or [compat.unsupported_version()]
-    assert any(message.startswith(expected) and "install a supported vLLM" in message for message in messages)
+    (sentence,) = refused
+    assert sentence.startswith(f"vllm-oscar supports vLLM 0.29 to 0.33, but vLLM {short} is installed; ")
+    assert "install a supported vLLM" in sentence and log == [sentence]
+
+
+def test_batch_invariant_mode(refusal, monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert_sentence(refusal(), "batch-invariant mode", "unset VLLM_BATCH_INVARIANT")
+
+
+@pytest.mark.parametrize(
+    "options, ignored",
+    [
+        ({"attention_backend": "TRITON_ATTN"}, "TRITON_ATTN"),
+        ({"attention_config": {"backend_per_kind": {"full_attention": "FLEX_ATTENTION"}}}, "FLEX_ATTENTION"),
+        ({"attention_backend": "OSCAR"}, None),
+        ({}, None),
+    ],
+)
+def test_another_attention_backend_is_ignored_with_one_line(refusal, log, options, ignored):
+    refusal.create(**options)
+    line = f"--attention-backend {ignored} is ignored: only OScaR's own backend reads --kv-cache-dtype oscar."
+    assert log == ([line] if ignored else [])
 
 
 def test_other_dtypes_are_untouched(refusal):
@@ -251,28 +298,129 @@ def test_too_little_memory_names_the_setting(engine_host):
     assert "max_model_len" in str(caught.value)
 
 
-# ---- what only a layer knows -----------------------------------------------------------
+# ---- layers that differ --------------------------------------------------------------
+def test_layers_with_different_kv_heads_in_the_configuration(refusal):
+    blocks = [{"attention": {"n_heads_in_group": n, "no_op": False}, "ffn": {"no_op": False}} for n in (1, 2)]
+    assert_sentence(refusal({"block_configs": blocks}), "layers that differ in KV heads or head size", OTHER_MODEL)
+
+
+def test_layers_that_are_alike_but_for_one_without_attention(refusal):
+    blocks = [{"attention": {"n_heads_in_group": 1, "no_op": False}}, {"attention": {"no_op": True}}]
+    assert refusal.create({"block_configs": blocks})
+
+
 @pytest.mark.parametrize(
-    "attribute, what",
+    "change, what",
     [
-        ("use_mla", "multi-head latent attention"),
-        ("has_sink", "attention sinks"),
-        ("use_sparse", "sparse attention"),
-        ("has_sliding_window", "sliding-window attention"),
-        ("use_non_causal", "non-causal attention"),
-        ("use_mm_prefix", "bidirectional multimodal prefixes"),
+        ({"num_kv_heads": 1}, "layers that differ in KV heads or head size (b has 1 heads of 128, a 2 of 128)"),
+        ({"head_size": 64}, "layers that differ in KV heads or head size (b has 2 heads of 64, a 2 of 128)"),
+        ({"head_size_v": 64}, "values of 64 channels beside keys of 128"),
+        ({"attn_backend": "another"}, "the attention of b (Another)"),
     ],
 )
-def test_a_layer_that_is_not_plain_attention(attribute, what):
+def test_layers_that_the_configuration_did_not_tell(refusal, change, what):
+    """Real layers, as a model makes them."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.attention import Attention
+
+    from vllm_oscar.engine.backend import OscarBackend
+
+    if "attn_backend" in change:
+        change = {"attn_backend": type("Another", (OscarBackend,), {})}
+    config = refusal.create()
+    shape = {"num_heads": 2, "head_size": 128, "scale": 0.1, "num_kv_heads": 2, "cache_config": config.cache_config}
+    with set_current_vllm_config(config):
+        Attention(**shape, prefix="a")
+        Attention(**shape, prefix="same")
+        with pytest.raises(UnsupportedByOscar) as caught:
+            Attention(**shape | change, prefix="b")
+    assert_sentence(str(caught.value), what, OTHER_MODEL)
+
+
+# ---- what vLLM's own rules say of a layer -----------------------------------------------
+@pytest.fixture
+def plain():
+    """The selection of a plain layer, which is accepted."""
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
-    from vllm_oscar.engine.checks import check_selection
+    return AttentionSelectorConfig(head_size=128, dtype=torch.bfloat16, kv_cache_dtype="oscar", block_size=128)
 
-    plain = AttentionSelectorConfig(head_size=128, dtype=torch.bfloat16, kv_cache_dtype="oscar", block_size=128)
-    check_selection(plain)
-    with pytest.raises(ValueError) as caught:
-        check_selection(plain._replace(**{attribute: True}))
-    assert_sentence(str(caught.value), what, OTHER_MODEL)
+
+def selection_refusal(config, capability=None) -> str:
+    with pytest.raises(UnsupportedByOscar) as caught:
+        checks.check_selection(config, capability)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change, what, remedy",
+    [
+        ({"use_mla": True}, "multi-head latent attention (MLA)", OTHER_MODEL),
+        ({"has_sink": True}, "attention sinks", OTHER_MODEL),
+        ({"use_sparse": True}, "sparse attention", OTHER_MODEL),
+        ({"use_mm_prefix": True}, "bidirectional multimodal prefixes", OTHER_MODEL),
+        ({"use_per_head_quant_scales": True}, "a checkpoint with KV scales per head", OTHER_MODEL),
+        ({"has_sliding_window": True}, "sliding-window attention", OTHER_MODEL),
+        ({"use_non_causal": True}, "non-causal attention", OTHER_MODEL),
+        ({"use_batch_invariant": True}, "batch-invariant mode", "unset VLLM_BATCH_INVARIANT"),
+        ({"use_kv_connector": True}, "KV connectors", "remove --kv-transfer-config"),
+        ({"use_pcp": True}, "prefill context parallelism", "remove --prefill-context-parallel-size"),
+        ({"use_dcp": True}, "decode context parallelism", "remove --decode-context-parallel-size"),
+        ({"use_adaptive_verification": True}, "adaptive verification", "remove --speculative-config"),
+        ({"use_rswa": True}, "R-SWA", OTHER_MODEL),
+        ({"attn_type": "encoder_only"}, "attention type encoder_only", OTHER_MODEL),
+        ({"head_size": 72}, "head size 72 (supported: 64, ", OTHER_MODEL),
+        ({"dtype": torch.float64}, "the model dtype torch.float64", "--dtype bfloat16"),
+        ({"block_size": 64}, "--block-size 64", "--block-size 128"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_layer_that_is_not_plain_attention(plain, change, what, remedy):
+    checks.check_selection(plain)
+    assert_sentence(selection_refusal(plain._replace(**change)), what, remedy)
+
+
+def test_every_flag_of_a_selection_is_refused(plain):
+    """Flags of a vLLM to come, too: whatever a backend must declare, ours does not."""
+    flags = [name for name, value in plain._asdict().items() if value is False]
+    assert len(flags) > 8
+    for flag in flags:
+        assert_sentence(selection_refusal(plain._replace(**{flag: True})), "", " ")
+
+
+def test_every_reason_of_vllm_has_our_words():
+    from vllm.v1.attention.backend import AttentionBackend
+
+    tree = ast.parse(textwrap.dedent(inspect.getsource(AttentionBackend.validate_configuration)))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    said = [call.args[0] for call in calls if call.func.attr == "append"]
+    reasons = {reason.value for reason in said if isinstance(reason, ast.Constant)}
+    # Said only of other dtypes, of backends for MLA or sparse attention alone, and after "MLA not supported".
+    never = {
+        "kv_cache_dtype not supported",
+        "non-MLA not supported",
+        "non-sparse not supported",
+        "non-causal MLA attention with DCP not supported",
+    }
+    assert len(reasons) > 12
+    assert reasons - never == set(checks._REASONS)
+
+
+def test_what_a_gpu_must_be_able_to_do(plain, monkeypatch):
+    from vllm.platforms import current_platform
+    from vllm.platforms.interface import DeviceCapability
+
+    old, ampere, hopper = (DeviceCapability(*version) for version in ((7, 5), (8, 0), (9, 0)))
+    for capability in (ampere, hopper, None):
+        checks.check_selection(plain, capability)
+    assert_sentence(selection_refusal(plain, old), "this GPU", "8.0 or newer")
+    float32 = plain._replace(dtype=torch.float32)
+    checks.check_selection(float32)  # on a CPU
+    assert_sentence(selection_refusal(float32, hopper), "the model dtype torch.float32", "--dtype bfloat16")
+    # The platform's capability is the one that counts.
+    monkeypatch.setattr(type(current_platform), "get_device_capability", classmethod(lambda cls: hopper))
+    with pytest.raises(UnsupportedByOscar, match="float32"):
+        current_platform.get_attn_backend_cls(None, float32)
 
 
 @pytest.mark.parametrize(
@@ -292,3 +440,45 @@ def test_an_impl_with_an_unsupported_argument(arguments, what):
     with pytest.raises(ValueError) as caught:
         OscarImpl(2, 128, 0.1, kv_cache_dtype="oscar", **arguments)
     assert_sentence(str(caught.value), what, OTHER_MODEL)
+
+
+# ---- how a refusal reaches the user ------------------------------------------------------
+VLLM = str(Path(sys.executable).with_name("vllm"))
+ARGUMENTS = ["--kv-cache-dtype", "oscar", "--block-size", "64"]
+
+
+def test_a_refusal_is_a_line_and_not_a_traceback():
+    """Of the server, and of ``LLM(...)``, which the benchmark calls."""
+    commands = (
+        [VLLM, "serve", str(MODEL), *ARGUMENTS],
+        [VLLM, "bench", "throughput", "--model", str(MODEL), "--input-len", "8", "--output-len", "8", *ARGUMENTS],
+    )
+
+    def run(command):
+        env = environment(VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_CPU_KVCACHE_SPACE="1")
+        return subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
+
+    with ThreadPoolExecutor(2) as pool:
+        for result in pool.map(run, commands):
+            assert result.returncode == 1
+            assert "Traceback" not in result.stdout + result.stderr
+            name, sentence = result.stderr.splitlines()[-1].split(": ", 1)
+            assert name == "vllm-oscar"
+            assert_sentence(sentence, "--block-size 64", "--block-size 128")
+
+
+def test_tracebacks_of_others_and_at_debug_level_remain(monkeypatch, capsys):
+    from vllm_oscar.engine import plugin
+
+    seen = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, traceback: seen.append(error))
+    for _ in range(2):  # twice makes no difference
+        plugin.show_refusals_alone()
+    refusal, other = UnsupportedByOscar("a sentence"), ValueError("of somebody else")
+    sys.excepthook(UnsupportedByOscar, refusal, None)
+    assert capsys.readouterr().err == "vllm-oscar: a sentence\n" and not seen
+    sys.excepthook(ValueError, other, None)
+    monkeypatch.setattr(logging.getLogger("vllm"), "level", logging.DEBUG)
+    logging.getLogger("vllm").manager._clear_cache()
+    sys.excepthook(UnsupportedByOscar, refusal, None)
+    assert seen == [other, refusal]

@@ -42,11 +42,11 @@ def check_config(vllm_config) -> None:
     cache.block_size = PAGE_TOKENS
     if cache.kv_cache_dtype_skip_layers:
         _refuse(dtype, "--kv-cache-dtype-skip-layers (every page would grow to 16-bit size)", "remove the option")
-    if getattr(cache, "kv_offloading_size", None) is not None:
+    if cache.kv_offloading_size is not None:
         _refuse(dtype, "KV-cache offloading", "remove --kv-offloading-size")
     if vllm_config.kv_transfer_config is not None:
         _refuse(dtype, "KV connectors", "remove --kv-transfer-config")
-    if getattr(cache, "prefix_match_unit", None) not in (None, PAGE_TOKENS):
+    if cache.prefix_match_unit not in (None, PAGE_TOKENS):
         _refuse(dtype, "prefix hits inside a page", "remove --prefix-match-unit")
     device = vllm_config.device_config.device_type
     if device not in ("cpu", "cuda"):
@@ -105,8 +105,8 @@ def _warn(vllm_config, dtype: str) -> None:
 
 def _check_parallelism(parallel, dtype: str) -> None:
     for option, size in (
-        ("decode-context-parallel-size", getattr(parallel, "decode_context_parallel_size", 1)),
-        ("prefill-context-parallel-size", getattr(parallel, "prefill_context_parallel_size", 1)),
+        ("decode-context-parallel-size", parallel.decode_context_parallel_size),
+        ("prefill-context-parallel-size", parallel.prefill_context_parallel_size),
     ):
         if size > 1:
             _refuse(dtype, f"--{option} {size}", "remove the option")
@@ -124,7 +124,7 @@ def _check_speculation(speculative, dtype: str) -> None:
 def _check_model(model, dtype: str) -> None:
     text = model.hf_text_config
     layer_types = set(getattr(text, "layer_types", None) or ())
-    window = model.get_sliding_window() if hasattr(model, "get_sliding_window") else None
+    window = model.get_sliding_window()
     refusals = (
         ("multi-head latent attention (MLA)", model.use_mla),
         ("encoder-decoder models", model.is_encoder_decoder),
@@ -135,7 +135,7 @@ def _check_model(model, dtype: str) -> None:
         ("logit soft-capping", bool(getattr(text, "attn_logit_softcapping", None))),
         ("ALiBi", bool(getattr(text, "alibi", False)) or model.hf_config.model_type in ("bloom", "mpt")),
         ("attention sinks", model.hf_config.model_type == "gpt_oss"),
-        ("bidirectional multimodal prefixes", getattr(model, "is_mm_prefix_lm", False)),
+        ("bidirectional multimodal prefixes", model.is_mm_prefix_lm),
     )
     for what, present in refusals:
         if present:
@@ -200,7 +200,11 @@ def check_layer(layer, layers: dict) -> None:
 
     ``layers``: those made so far, by name; this one may be among them.
     """
+    from vllm_oscar.engine.backend import OscarBackend
+
     dtype = layer.kv_cache_dtype
+    if layer.attn_backend is not OscarBackend:  # the model brings another, or changes what ours means
+        _refuse(dtype, f"the attention of {layer.layer_name} ({layer.attn_backend.__name__})", _OTHER_MODEL)
     if layer.head_size_v != layer.head_size:
         _refuse(dtype, f"values of {layer.head_size_v} channels beside keys of {layer.head_size}", _OTHER_MODEL)
     shape = (layer.num_kv_heads, layer.head_size)

@@ -33,7 +33,7 @@ def vllm_version() -> tuple[int, int]:
     """(major, minor) of the vLLM that is imported; (0, 0) if it does not say."""
     import vllm
 
-    found = re.match(r"(\d+)\.(\d+)", vllm.__version__)
+    found = re.match(r"(\d+)\.(\d+)", getattr(vllm, "__version__", ""))
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 

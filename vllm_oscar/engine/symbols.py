@@ -34,7 +34,6 @@ PLATFORM = "platforms.*"
 
 ALWAYS = (
     # compat.py
-    Symbol("", "__version__"),
     Symbol("envs", "environment_variables"),
     Symbol("config", "get_current_vllm_config"),
     Symbol("engine.arg_utils", "EngineArgs", ("kv_cache_dtype",)),
@@ -98,17 +97,36 @@ ALWAYS = (
     Symbol(
         "config.cache",
         "CacheConfig",
-        ("block_size", "cache_dtype", "kv_cache_dtype_skip_layers", "user_specified_block_size"),
+        (
+            "block_size",
+            "cache_dtype",
+            "kv_cache_dtype_skip_layers",
+            "kv_offloading_size",
+            "prefix_match_unit",
+            "user_specified_block_size",
+        ),
     ),
     Symbol("config.compilation", "CompilationConfig", ("static_forward_context",)),
     Symbol("config.device", "DeviceConfig", ("device_type",)),
     Symbol("config.model", "ModelConfig", ("dtype", "hf_config", "hf_text_config")),
     *(
         Symbol("config.model", f"ModelConfig.{name}")
-        for name in ("get_head_size", "is_attention_free", "is_encoder_decoder", "is_hybrid", "use_mla")
+        for name in (
+            "get_head_size",
+            "get_sliding_window",
+            "is_attention_free",
+            "is_encoder_decoder",
+            "is_hybrid",
+            "is_mm_prefix_lm",
+            "use_mla",
+        )
     ),
     Symbol("config.model", "ModelConfig.__post_init__", sets=("hf_text_config", "runner_type")),
-    Symbol("config.parallel", "ParallelConfig", ("tensor_parallel_size",)),
+    Symbol(
+        "config.parallel",
+        "ParallelConfig",
+        ("decode_context_parallel_size", "prefill_context_parallel_size", "tensor_parallel_size"),
+    ),
     Symbol("config.scheduler", "SchedulerConfig", ("max_num_batched_tokens", "max_num_seqs")),
     Symbol("config.speculative", "SpeculativeConfig", ("method",)),
     # tail.py
@@ -253,7 +271,7 @@ def _fields(cls: type) -> set[str]:
 
 def problem(symbol: Symbol) -> str | None:
     """What the running vLLM lacks of ``symbol``, as the end of a sentence."""
-    where = "the platform" if symbol.module == PLATFORM else f"vllm.{symbol.module}".rstrip(".")
+    where = "the platform" if symbol.module == PLATFORM else f"vllm.{symbol.module}"
     try:
         found = _platform() if symbol.module == PLATFORM else importlib.import_module(where)
     except ImportError as error:
