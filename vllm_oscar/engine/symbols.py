@@ -276,10 +276,11 @@ def problem(symbol: Symbol) -> str | None:
         found = _platform() if symbol.module == PLATFORM else importlib.import_module(where)
     except ImportError as error:
         return f"{where} cannot be imported ({error})"
-    for part in symbol.name.split("."):
+    parts = symbol.name.split(".")
+    for count, part in enumerate(parts, 1):
         declared = isinstance(found, type) and part in _fields(found)
         if not declared and not hasattr(found, part):
-            return f"{where} has no {symbol.name}"
+            return f"{where} has no {'.'.join(parts[:count])}"
         found = getattr(found, part, None)
     if isinstance(found, type):
         absent = [name for name in symbol.names if name not in _fields(found)]
