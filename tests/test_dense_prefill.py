@@ -24,7 +24,7 @@ from vllm_oscar.core.format import PageFormat
 from vllm_oscar.ops import dense_prefill
 from vllm_oscar.ops import reference as plain
 from vllm_oscar.ops.native import Binding
-from vllm_oscar.ops.step import Limits
+from vllm_oscar.ops.step import Limits, Step
 
 ROOT = Path(__file__).parents[1]
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
@@ -230,14 +230,76 @@ def test_a_shared_history_leaves_waves_empty(emulated, monkeypatch):
     assert counts == [23] + [0] * 5
 
 
+def random_step(requests: list[tuple[int, int]], pages: int, seed: int) -> Step:
+    """Tables alone, as if requests shared prefixes of random length with random others."""
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randperm(len(requests) * pages, generator=generator).int().view(len(requests), pages)
+    for r in range(1, len(requests)):
+        source, shared = (int(torch.randint(most, (), generator=generator)) for most in (r, pages))
+        table[r, :shared] = table[source, :shared]
+    context, lengths = (torch.tensor(x, dtype=torch.int32) for x in zip(*requests))
+    starts = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
+    window = (torch.arange(len(requests)) % 2 * PAGE_TOKENS).int()
+    return Step(starts, context + lengths, table, table[:, :1], (context - window).clamp_min(0), int(lengths.max()))
+
+
+def expected_waves(spans: list[range], names: dict, slots: int) -> tuple[list[int], list[set]]:
+    """The first request of every wave, and what each wave holds, when requests are added one by one."""
+    firsts, held = [0], [set()]
+    for r, span in enumerate(spans):
+        wanted = {names[r, i] for i in span}
+        if len(held[-1] | wanted) > slots:
+            firsts.append(r)
+            held.append(set())
+        held[-1] |= wanted
+    return firsts, held
+
+
+@needs_compiler
+@pytest.mark.parametrize("capacity", (190, 300, 701, 1300, 3000))
+def test_long_histories_are_planned_as_counted_by_hand(emulated, monkeypatch, capacity):
+    """Every wave, slot and row start, against sets of pages in Python."""
+    set_capacity(monkeypatch, capacity)
+    requests = [(700 * PAGE_TOKENS - 50 * r, 10 + 300 * (r % 3)) for r in range(9)]
+    requests[4], requests[6] = (0, 200), (90, 20)
+    step = random_step(requests, 704, seed=capacity)
+    starts, lens = step.query_start_loc.tolist(), step.seq_lens.tolist()
+    plan = dense_prefill.plan(step, None, None, starts, lens, 1).prefill
+    whole = [int(start) // PAGE_TOKENS for start in step.ring_start]
+    names = {  # of a page that may be shared its block, of others themselves
+        (r, i): int(step.page_table[r, i]) if i < whole[r] else (r, i) for r in range(9) for i in range(704)
+    }
+    covered = [[] for _ in requests]
+    for one in plan.passes:
+        keys = one.keys.tolist()
+        used = sorted(one.table.unique().tolist())
+        assert used[0] == 0 and used[-1] < capacity
+        spans, sources = [], [wave.sources.tolist() for wave in one.waves]
+        for r in range(len(requests)):
+            begin = len(covered[r])
+            spans.append(range(begin, begin + -(-keys[r] // PAGE_TOKENS)))
+            covered[r] += spans[-1]
+            assert keys[r] in (min(lens[r], spans[-1].stop * PAGE_TOKENS) - begin * PAGE_TOKENS, 0)
+        firsts, held = expected_waves(spans, names, capacity)
+        ends = [*firsts[1:], len(requests)]
+        assert len(firsts) <= len(one.waves)
+        for w, wave in enumerate(one.waves):
+            first, end = (firsts[w], ends[w]) if w < len(firsts) else (len(requests),) * 2
+            assert wave.query_starts.tolist() == [min(max(row, starts[first]), starts[end]) for row in starts]
+            filled = [tuple(source) for source in sources[w] if source[0] >= 0]
+            assert len(filled) == len({names[source] for source in filled})
+            assert {names[source] for source in filled} == (held[w] if w < len(held) else set())
+            for r in range(first, end):
+                for i, slot in zip(spans[r], one.table[r].tolist()):
+                    assert names[tuple(sources[w][slot])] == names[r, i]
+    for r, (context, length) in enumerate(requests):
+        assert len(covered[r]) == (-(-(context + length) // PAGE_TOKENS) if context else 0)
+
+
 def test_steps_of_decodes_have_no_plan():
-    case = make_case(PageFormat.preset("oscar", 64), [(300, 1), (20, 3), (0, 2)], device="cpu")
-    assert planned_without_launch(case, 3).prefill is None
-
-
-def planned_without_launch(case: Case, decode_query_len: int):
-    starts, lens = case.step.query_start_loc.tolist(), case.step.seq_lens.tolist()
-    return dense_prefill.plan(case.step, case.fmt, None, starts, lens, decode_query_len)
+    step = random_step([(300, 1), (20, 3), (0, 2)], 4, seed=0)
+    planned = dense_prefill.plan(step, None, None, step.query_start_loc.tolist(), step.seq_lens.tolist(), 3)
+    assert planned is step
 
 
 def test_a_request_that_cannot_fit_is_refused(emulated, monkeypatch):

@@ -106,7 +106,7 @@ ALWAYS = (
             "user_specified_block_size",
         ),
     ),
-    Symbol("config.compilation", "CompilationConfig", ("static_forward_context",)),
+    Symbol("config.compilation", "CompilationConfig", ("max_cudagraph_capture_size", "static_forward_context")),
     Symbol("config.device", "DeviceConfig", ("device_type",)),
     Symbol("config.model", "ModelConfig", ("dtype", "hf_config", "hf_text_config")),
     *(
@@ -239,6 +239,25 @@ ALWAYS = (
     Symbol("v1.kv_cache_layout", "KVCacheLayout.BLHNC"),
     Symbol("forward_context", "get_forward_context"),
     Symbol("forward_context", "ForwardContext", ("attn_metadata",)),
+)
+
+# What ops/dense_prefill.py calls on GPUs. It looks for itself, and does without: prefill is slower then.
+DENSE_PREFILL = (
+    Symbol("v1.attention.backends.fa_utils", "get_flash_attn_version", ("requires_alibi", "head_size")),
+    Symbol(
+        "vllm_flash_attn.flash_attn_interface",
+        "flash_attn_varlen_func",
+        tuple(
+            "q k v max_seqlen_q cu_seqlens_q max_seqlen_k cu_seqlens_k seqused_k q_v dropout_p softmax_scale causal "
+            "window_size softcap alibi_slopes deterministic return_attn_probs block_table return_softmax_lse out "
+            "scheduler_metadata q_descale k_descale v_descale num_splits output_scale fa_version".split()
+        ),
+    ),
+    Symbol(
+        "v1.attention.ops.merge_attn_states",
+        "merge_attn_states",
+        ("output", "prefix_output", "prefix_lse", "suffix_output", "suffix_lse", "output_lse"),
+    ),
 )
 
 # The two ways to add a dtype: either all of the first or all of the second.

@@ -131,13 +131,13 @@ static __global__ void __launch_bounds__(kPlanThreads)
       }
       if (i < span.end) table[i - span.begin] = slot;
       used += total;
+      __syncthreads();  // what was added is found from here on
     }
     for (int i = count + thread; i < p.columns; i += kPlanThreads) table[i] = 0;
     if (thread == 0) {
       const int length = p.step.seq_lens[request];
       p.keys[r] = min(length, span.end * kPageTokens) - min(length, span.begin * kPageTokens);
     }
-    __syncthreads();  // the next request finds what this one added
   }
   for (int w = wave + 1 + thread; w <= p.waves; w += kPlanThreads) first_of_wave[w] = p.requests;
   __syncthreads();
