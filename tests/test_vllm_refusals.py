@@ -153,6 +153,7 @@ GEMMA3 = {
         pytest.param(MAMBA, "state-space or linear-attention layers", id="mamba"),
         pytest.param(MISTRAL, "sliding-window attention", id="sliding-window"),
         pytest.param(GEMMA3, "sliding-window attention", id="some-sliding-window"),
+        pytest.param({"num_kv_shared_layers": 1}, "layers that share a KV cache", id="shared-cache"),
         pytest.param({"head_dim": 72}, "head size 72 (supported: 64, 80, 96, 112, 128, 192, 256)", id="head-72"),
         pytest.param({"head_dim": 512}, "head size 512", id="head-512"),
     ],
@@ -373,7 +374,7 @@ def selection_refusal(config, capability=None) -> str:
         ({"dtype": torch.float64}, "the model dtype torch.float64", "--dtype bfloat16"),
         ({"block_size": 64}, "--block-size 64", "--block-size 128"),
     ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
 def test_a_layer_that_is_not_plain_attention(plain, change, what, remedy):
     checks.check_selection(plain)

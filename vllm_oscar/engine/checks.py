@@ -135,6 +135,7 @@ def _check_model(model, dtype: str) -> None:
         ("logit soft-capping", bool(getattr(text, "attn_logit_softcapping", None))),
         ("ALiBi", bool(getattr(text, "alibi", False)) or model.hf_config.model_type in ("bloom", "mpt")),
         ("attention sinks", model.hf_config.model_type == "gpt_oss"),
+        ("layers that share a KV cache", bool(getattr(text, "num_kv_shared_layers", 0))),
         ("bidirectional multimodal prefixes", model.is_mm_prefix_lm),
     )
     for what, present in refusals:

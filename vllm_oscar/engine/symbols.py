@@ -129,7 +129,7 @@ ALWAYS = (
     ),
     Symbol("config.scheduler", "SchedulerConfig", ("max_num_batched_tokens", "max_num_seqs")),
     Symbol("config.speculative", "SpeculativeConfig", ("method",)),
-    # tail.py
+    # scheduler.py, tail.py
     Symbol("model_executor.layers.attention_layer_base", "AttentionLayerBase"),
     Symbol("model_executor.layers.attention_layer_base", "AttentionLayerBase.get_attn_backend", ("self",)),
     Symbol(
