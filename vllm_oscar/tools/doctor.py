@@ -86,10 +86,12 @@ def examine_again() -> int:
 
 
 # ---- examinations ------------------------------------------------------------------
-def _import_error(*statements: str) -> list[str]:
+def _import_errors(*statements: str) -> list[str]:
     """For each statement, run in a process of its own, the last line of what it raised, or an empty text."""
     processes = [
-        subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-P", "-c", text], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
         for text in statements
     ]
     errors = [process.communicate()[1].strip() for process in processes]
@@ -115,7 +117,7 @@ def _examine_add_ons() -> Iterator[Finding]:
     installed = [name for name in ADD_ONS if _distribution(name)]
     if not installed:
         return
-    transformers, *errors = _import_error(
+    transformers, *errors = _import_errors(
         "from transformers import AutoProcessor, PreTrainedModel", *(f"import {name}" for name in installed)
     )
     for name, error in zip(installed, errors):
