@@ -3,6 +3,7 @@
 
     python benchmarks/vllm_gpu.py check
     python benchmarks/vllm_gpu.py speed --json benchmarks/results/vllm-h200.json
+    python benchmarks/vllm_gpu.py prefix --json benchmarks/results/vllm-prefix-h100.json
 
 ``check`` uses the demo model: with the lossless codec, logprobs are those of ``auto``, within bf16 rounding;
 with INT2, the facts of its recall prompts come back: eager, with full and piecewise
@@ -115,7 +116,28 @@ def job_speed(llm, context: int, prefill: int, length: int, requests: int, outpu
     return result | {"throughput_s": elapsed, "output_tokens_per_s": requests * output / elapsed}
 
 
-JOBS = {"check": job_check, "speed": job_speed}
+def job_prefix(llm, shared: int, own: int, requests: int) -> dict:
+    """One step of requests that hit a cached prefix of ``shared`` tokens and bring ``own`` more each."""
+    import torch
+    from vllm import SamplingParams
+
+    one_token = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(10, 150000, (count,)).tolist()
+
+    def seconds(prompts: list[list[int]]) -> float:
+        start = time.perf_counter()
+        llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], one_token, use_tqdm=False)
+        return time.perf_counter() - start
+
+    prefix = ids(shared)
+    seconds([prefix + ids(1)])
+    times = [seconds([prefix + ids(own) for _ in range(requests)]) for _ in range(6)]
+    return {"step_s": sorted(times[1:])[2], "all_s": times}
+
+
+JOBS = {"check": job_check, "speed": job_speed, "prefix": job_prefix}
 
 
 def run_job(spec: dict) -> None:
@@ -323,6 +345,35 @@ def speed(
                 )  # fmt: skip
             else:
                 table.add_row(dtype, "failed", "", "", "", "")
+    console.print(table)
+
+
+@app.command()
+def prefix(
+    shared: Annotated[int, typer.Option(help="Tokens of the cached prefix.")] = 16384,
+    own: Annotated[int, typer.Option(help="Tokens that each request brings.")] = 128,
+    requests: Annotated[int, typer.Option()] = 64,
+    layers: Annotated[int, typer.Option(help="Layers of the model.")] = 36,
+    dtypes: Annotated[str, typer.Option()] = "auto,oscar",
+    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+) -> None:
+    """The step of many requests that share a cached prefix, eager, beside auto; median of five."""
+    table = Table("dtype", "step s", "ratio to the first")
+    sizes, records = {"shared": shared, "own": own, "requests": requests}, []
+    with tempfile.TemporaryDirectory() as model:
+        (Path(model) / "config.json").write_text(json.dumps({**QWEN3_8B, "num_hidden_layers": layers}))
+        for dtype in dtypes.split(","):
+            result = engine_here(
+                "prefix", sizes, model=model, load_format="dummy", skip_tokenizer_init=True, kv_cache_dtype=dtype,
+                kv_cache_memory_bytes=24 << 30, max_model_len=shared + 512, max_num_seqs=requests,
+                max_num_batched_tokens=requests * own, gpu_memory_utilization=0.6, enforce_eager=True,
+            )  # fmt: skip
+            records.append({"dtype": dtype, **stamp(), "layers": layers, **sizes, **(result or {"failed": True})})
+            if json_file:
+                write_json(json_file, records)
+            if result:
+                base = records[0].get("step_s", float("nan"))
+                table.add_row(dtype, f"{result['step_s']:.3f}", f"{result['step_s'] / base:.3f}")
     console.print(table)
 
 

@@ -166,7 +166,7 @@ def built(checkout):
 
 
 def test_a_library_of_these_sources_is_loaded(built):
-    assert library_of(built).load("cpu").oscar_cpu_args_size() > 0
+    assert library_of(built).load("cpu").oscar_cpu_isas() > 0
 
 
 @pytest.mark.parametrize("file", ["csrc/cpu/page.h", "csrc/cpu/kernels.inc", "csrc/cpu/new.cpp"])
