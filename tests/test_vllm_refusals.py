@@ -265,6 +265,15 @@ def test_an_unsupported_vllm_is_named_and_left_alone(monkeypatch, log, version):
     assert "install a supported vLLM" in sentence and log == [sentence]
 
 
+def test_sleep_mode(refusal):
+    """At the level of the check: vLLM itself refuses sleep mode on the CPU."""
+    config = refusal.create()
+    config.model_config.enable_sleep_mode = True
+    with pytest.raises(UnsupportedByOscar) as caught:
+        checks.check_config(config)
+    assert_sentence(str(caught.value), "sleep mode", "remove --enable-sleep-mode")
+
+
 def test_batch_invariant_mode(refusal, monkeypatch):
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     assert_sentence(refusal(), "batch-invariant mode", "unset VLLM_BATCH_INVARIANT")
@@ -438,7 +447,7 @@ def test_what_a_gpu_must_be_able_to_do(plain, monkeypatch):
 def test_an_impl_with_an_unsupported_argument(arguments, what):
     from vllm_oscar.engine.impl import OscarImpl
 
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UnsupportedByOscar) as caught:
         OscarImpl(2, 128, 0.1, kv_cache_dtype="oscar", **arguments)
     assert_sentence(str(caught.value), what, OTHER_MODEL)
 

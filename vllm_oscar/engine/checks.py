@@ -24,7 +24,7 @@ class UnsupportedByOscar(Exception):
 
 
 _HEAD_DIMS = ", ".join(map(str, SUPPORTED_HEAD_DIMS))
-_OTHER_MODEL = "choose another model, or serve this model with --kv-cache-dtype auto"
+OTHER_MODEL = "choose another model, or serve this model with --kv-cache-dtype auto"
 
 
 def _refuse(dtype: str, what: str, remedy: str) -> None:
@@ -140,32 +140,34 @@ def _check_model(model, dtype: str) -> None:
     )
     for what, present in refusals:
         if present:
-            _refuse(dtype, what, _OTHER_MODEL)
+            _refuse(dtype, what, OTHER_MODEL)
+    if model.enable_sleep_mode:
+        _refuse(dtype, "sleep mode, which would lose what the kernels keep on the GPU", "remove --enable-sleep-mode")
     head_dim = model.get_head_size()
     if head_dim not in SUPPORTED_HEAD_DIMS:
-        _refuse(dtype, f"head size {head_dim} (supported: {_HEAD_DIMS})", _OTHER_MODEL)
+        _refuse(dtype, f"head size {head_dim} (supported: {_HEAD_DIMS})", OTHER_MODEL)
     uneven = uneven_layers(text.to_dict())
     if uneven:
-        _refuse(dtype, uneven, _OTHER_MODEL)
+        _refuse(dtype, uneven, OTHER_MODEL)
 
 
 # What AttentionBackend.validate_configuration may say: what it means here, and the way out.
 _REASONS = {
-    "head_size not supported": ("head size {head_size} (supported: " + _HEAD_DIMS + ")", _OTHER_MODEL),
+    "head_size not supported": ("head size {head_size} (supported: " + _HEAD_DIMS + ")", OTHER_MODEL),
     "dtype not supported": ("the model dtype {dtype}", "use --dtype bfloat16 or --kv-cache-dtype auto"),
     "block_size not supported": ("--block-size {block_size}", f"use --block-size {PAGE_TOKENS}"),
-    "partial multimodal token full attention not supported": ("bidirectional multimodal prefixes", _OTHER_MODEL),
-    "MLA not supported": ("multi-head latent attention (MLA)", _OTHER_MODEL),
-    "attention sinks not supported": ("attention sinks", _OTHER_MODEL),
-    "sparse not supported": ("sparse attention", _OTHER_MODEL),
-    "per-head quant scales not supported": ("a checkpoint with KV scales per head", _OTHER_MODEL),
+    "partial multimodal token full attention not supported": ("bidirectional multimodal prefixes", OTHER_MODEL),
+    "MLA not supported": ("multi-head latent attention (MLA)", OTHER_MODEL),
+    "attention sinks not supported": ("attention sinks", OTHER_MODEL),
+    "sparse not supported": ("sparse attention", OTHER_MODEL),
+    "per-head quant scales not supported": ("a checkpoint with KV scales per head", OTHER_MODEL),
     "compute capability not supported": (
         "this GPU",
         "use an NVIDIA GPU of compute capability 8.0 or newer, or --kv-cache-dtype auto",
     ),
-    "sliding window not supported": ("sliding-window attention", _OTHER_MODEL),
-    "R-SWA not supported": ("sliding windows beside a prompt that stays visible (R-SWA)", _OTHER_MODEL),
-    "non-causal attention not supported": ("non-causal attention", _OTHER_MODEL),
+    "sliding window not supported": ("sliding-window attention", OTHER_MODEL),
+    "R-SWA not supported": ("sliding windows beside a prompt that stays visible (R-SWA)", OTHER_MODEL),
+    "non-causal attention not supported": ("non-causal attention", OTHER_MODEL),
     "batch invariance not supported": (
         "batch-invariant mode",
         "unset VLLM_BATCH_INVARIANT or use --kv-cache-dtype auto",
@@ -192,7 +194,7 @@ def check_selection(selector_config, device_capability=None) -> None:
     reasons = OscarBackend.validate_configuration(device_capability=device_capability, **selector_config._asdict())
     if not reasons:
         return
-    what, remedy = _REASONS.get(reasons[0], (reasons[0].removesuffix(" not supported"), _OTHER_MODEL))
+    what, remedy = _REASONS.get(reasons[0], (reasons[0].removesuffix(" not supported"), OTHER_MODEL))
     _refuse(selector_config.kv_cache_dtype, what.format(**selector_config._asdict()), remedy)
 
 
@@ -205,9 +207,9 @@ def check_layer(layer, layers: dict) -> None:
 
     dtype = layer.kv_cache_dtype
     if layer.attn_backend is not OscarBackend:  # the model brings another, or changes what ours means
-        _refuse(dtype, f"the attention of {layer.layer_name} ({layer.attn_backend.__name__})", _OTHER_MODEL)
+        _refuse(dtype, f"the attention of {layer.layer_name} ({layer.attn_backend.__name__})", OTHER_MODEL)
     if layer.head_size_v != layer.head_size:
-        _refuse(dtype, f"values of {layer.head_size_v} channels beside keys of {layer.head_size}", _OTHER_MODEL)
+        _refuse(dtype, f"values of {layer.head_size_v} channels beside keys of {layer.head_size}", OTHER_MODEL)
     shape = (layer.num_kv_heads, layer.head_size)
     for name, other in layers.items():
         if getattr(other, "kv_cache_dtype", None) == dtype and (other.num_kv_heads, other.head_size) != shape:
@@ -215,5 +217,5 @@ def check_layer(layer, layers: dict) -> None:
                 dtype,
                 f"layers that differ in KV heads or head size ({layer.layer_name} has {shape[0]} heads of {shape[1]}, "
                 f"{name} {other.num_kv_heads} of {other.head_size})",
-                _OTHER_MODEL,
+                OTHER_MODEL,
             )

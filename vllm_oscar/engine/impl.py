@@ -14,6 +14,7 @@ from vllm_oscar.core import envs
 from vllm_oscar.core.config import get_preset
 from vllm_oscar.core.format import PageFormat
 from vllm_oscar.core.lossless import LosslessFormat
+from vllm_oscar.engine.checks import OTHER_MODEL, UnsupportedByOscar
 from vllm_oscar.engine.metadata import OscarMetadata, OscarTailMetadata
 from vllm_oscar.ops import select
 from vllm_oscar.ops.step import Cache, HostLengths, Limits, Step
@@ -81,10 +82,7 @@ class OscarImpl(AttentionImpl[OscarMetadata]):
         }
         found = [what for what, present in unsupported.items() if present]
         if found:
-            raise ValueError(
-                f"--kv-cache-dtype {kv_cache_dtype} does not support {found[0]}, which this model uses; "
-                "serve it with --kv-cache-dtype auto"
-            )
+            raise UnsupportedByOscar(f"--kv-cache-dtype {kv_cache_dtype} does not support {found[0]}; {OTHER_MODEL}")
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)

@@ -108,7 +108,7 @@ ALWAYS = (
     ),
     Symbol("config.compilation", "CompilationConfig", ("max_cudagraph_capture_size", "static_forward_context")),
     Symbol("config.device", "DeviceConfig", ("device_type",)),
-    Symbol("config.model", "ModelConfig", ("dtype", "hf_config", "hf_text_config")),
+    Symbol("config.model", "ModelConfig", ("dtype", "enable_sleep_mode", "hf_config", "hf_text_config")),
     *(
         Symbol("config.model", f"ModelConfig.{name}")
         for name in (

@@ -142,6 +142,8 @@ def _examine_vllm() -> Iterator[Finding]:
         problem = compat.unsupported_version()
         if not problem:
             compat.apply()
+    except compat.IncompatibleVllm as error:
+        problem = str(error)
     except Exception as error:  # whatever vLLM's own imports raise
         problem = (
             f"vLLM cannot be imported ({type(error).__name__}: {error}); mend what else is named here, or reinstall it"
