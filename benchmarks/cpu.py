@@ -31,7 +31,7 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from vllm_oscar.core.config import PAGE_TOKENS, WINDOW_TOKENS  # noqa: E402
+from vllm_oscar.core.config import PAGE_TOKENS  # noqa: E402
 from vllm_oscar.core.format import PageFormat  # noqa: E402
 from vllm_oscar.ops import cpu, reference  # noqa: E402
 from vllm_oscar.ops.step import Cache, Step  # noqa: E402
@@ -74,8 +74,7 @@ class Case:
         self.out_oscar, self.out_bf16 = torch.empty_like(self.query), torch.empty_like(self.query)
 
         ring_pages = fmt.ring_pages(DTYPE.itemsize)
-        newest = max(context - WINDOW_TOKENS, 0) if fmt.config.recent_window else context
-        start = min(context // PAGE_TOKENS * PAGE_TOKENS, newest)
+        start = min(context // PAGE_TOKENS * PAGE_TOKENS, max(context - fmt.config.window, 0))
         self.step = Step(
             query_start_loc=torch.arange(batch + 1, dtype=torch.int32) * query,
             seq_lens=torch.full((batch,), seq_len, dtype=torch.int32),
@@ -102,7 +101,7 @@ class Case:
         cpu.store_pages(whole, first, *torch.randn(2, some * PAGE_TOKENS, kv_heads, dim).to(DTYPE))
         pages = first.pages[1:].repeat(-(-batch * count // (some - 1)), 1, 1)[: batch * count].clone()
         pages[self.step.page_table[:, 0].long()] = first.pages[0]  # only there does a first page make sense
-        recent = min(context, PAGE_TOKENS + 1)
+        recent = min(context, fmt.config.ring_capacity())
         newest_tokens = replace(
             self.step,
             query_start_loc=torch.arange(batch + 1, dtype=torch.int32) * recent,
@@ -176,9 +175,9 @@ class Case:
         token = 2 * self.fmt.head_dim * DTYPE.itemsize
         start = int(self.step.ring_start[0])
         pages = -(-start // PAGE_TOKENS) * self.fmt.page_bytes
-        recent = (self.context - start + self.new) * token
+        ring = (self.context - start) * self.fmt.config.ring.token_bytes(self.fmt.head_dim, DTYPE.itemsize)
         heads = self.batch * self.heads
-        return heads * (pages + recent), heads * (self.context + self.new) * token
+        return heads * (pages + ring + self.new * token), heads * (self.context + self.new) * token
 
 
 def read_bandwidth() -> float:

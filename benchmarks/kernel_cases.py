@@ -10,6 +10,7 @@ import torch
 from vllm_oscar.core import reference
 from vllm_oscar.core.config import PAGE_TOKENS
 from vllm_oscar.core.format import PageFormat
+from vllm_oscar.core.ring import ring_slots, write_tokens
 from vllm_oscar.ops import reference as reference_ops
 from vllm_oscar.ops.step import Cache, Step
 
@@ -67,6 +68,17 @@ def random_tokens(tokens: int, heads: int, fmt: PageFormat, dtype, generator, de
     return key.to(dtype), value.to(dtype)
 
 
+def random_ring(blocks: int, heads: int, fmt: PageFormat, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Ring blocks whose every slot holds a random token: uint8 ``[blocks, H, page_bytes]``."""
+    ring = torch.empty(blocks, heads, fmt.page_bytes, dtype=torch.uint8, device=device)
+    tokens = fmt.ring_tokens_per_page(dtype.itemsize)
+    for part in ring.split(256):
+        block = torch.arange(len(part), device=device).repeat_interleave(tokens)
+        key, value = torch.randn(2, len(block), heads, fmt.head_dim, device=device).to(dtype)
+        write_tokens(part, fmt, block, torch.arange(tokens, device=device).repeat(len(part)), key, value)
+    return ring
+
+
 def make_case(
     fmt: PageFormat,
     requests: list[tuple[int, int]],
@@ -94,8 +106,8 @@ def make_case(
     ring = torch.full((len(ring_order), kv_heads, fmt.page_bytes), POISON, dtype=torch.uint8, device=device)
     page_table = torch.full((count, max(blocks_of) + 2), NO_BLOCK, dtype=torch.int32, device=device)
     ring_table = torch.full((count, ring_pages + 1), NO_BLOCK, dtype=torch.int32, device=device)
-    view = reference.ring_view(ring, fmt, dtype)
-    capacity = view.shape[2] * ring_pages
+    tokens_per_page = fmt.ring_tokens_per_page(dtype.itemsize)
+    capacity = tokens_per_page * ring_pages
 
     ring_start, used = [], 0
     for r, (context, _) in enumerate(requests):
@@ -111,11 +123,10 @@ def make_case(
                 key[rows].unflatten(0, (full, PAGE_TOKENS)), value[rows].unflatten(0, (full, PAGE_TOKENS)), fmt, first
             )
         positions = torch.arange(max(0, context - capacity), context, device=device)
-        page, offset = reference.ring_slots(
-            ring_table[r].expand(len(positions), -1), positions, view.shape[2], ring_pages
-        )
-        view[page, :, offset] = torch.stack([key[positions], value[positions]], 2)
-        ring_start.append(max(0, context - PAGE_TOKENS) if window and r % 2 == 0 else full * PAGE_TOKENS)
+        at = ring_slots(ring_table[r].expand(len(positions), -1), positions, tokens_per_page, ring_pages)
+        write_tokens(ring, fmt, *at, key[positions], value[positions])
+        newest = max(0, context - (fmt.config.window or PAGE_TOKENS))
+        ring_start.append(newest if window and r % 2 == 0 else full * PAGE_TOKENS)
 
     lengths = torch.tensor([length for _, length in requests])
     tokens = int(lengths.sum())

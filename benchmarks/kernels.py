@@ -23,8 +23,7 @@ sys.path[0] = str(Path(__file__).parents[1])  # not this folder, where this file
 import torch  # noqa: E402
 
 from benchmarks import kernel_baselines as baselines  # noqa: E402
-from benchmarks.kernel_cases import Case, make_case, relative_error  # noqa: E402
-from vllm_oscar.core import reference  # noqa: E402
+from benchmarks.kernel_cases import Case, make_case, random_ring, relative_error  # noqa: E402
 from vllm_oscar.core.config import PAGE_TOKENS, PRESETS  # noqa: E402
 from vllm_oscar.core.format import PageFormat  # noqa: E402
 from vllm_oscar.ops import cuda  # noqa: E402
@@ -103,10 +102,11 @@ def big_case(fmt: PageFormat, batch: int, context: int, heads: int, group: int, 
     )
     encoded = seed.cache.pages[seed.step.page_table[:, :64].long()]  # [8, 64, H, bytes]
     per_sequence = -(-context // PAGE_TOKENS)
-    start = max(0, context - 1 - PAGE_TOKENS)
+    start = min((context - 1) // PAGE_TOKENS * PAGE_TOKENS, max(0, context - 1 - fmt.config.window))
     page_count = -(-start // PAGE_TOKENS)
-    tail = (context - start) * 2 * fmt.head_dim * dtype.itemsize
-    nbytes = batch * heads * (page_count * fmt.page_bytes + tail)
+    recent = fmt.config.ring.token_bytes(fmt.head_dim, dtype.itemsize) * (context - 1 - start)
+    recent += 2 * fmt.head_dim * dtype.itemsize  # the step's own token
+    nbytes = batch * heads * (page_count * fmt.page_bytes + recent)
     sets = min(16, max(1, -(-int(ROTATED_BYTES) // nbytes)))
     blocks = sets * batch * per_sequence
     pages = torch.empty(blocks, heads, fmt.page_bytes, dtype=torch.uint8, device="cuda")
@@ -119,9 +119,7 @@ def big_case(fmt: PageFormat, batch: int, context: int, heads: int, group: int, 
     pages[firsts] = encoded[:, 0][torch.randint(8, (len(firsts),), device="cuda")]
 
     ring_pages = seed.cache.ring_pages
-    ring = torch.empty(sets * batch * ring_pages, heads, fmt.page_bytes, dtype=torch.uint8, device="cuda")
-    view = reference.ring_view(ring, fmt, dtype)
-    view.copy_(torch.randn(view.shape, device="cuda", dtype=dtype))
+    ring = random_ring(sets * batch * ring_pages, heads, fmt, dtype, "cuda")
     ring_table = torch.randperm(len(ring), device="cuda").int().view(sets, batch, ring_pages)
     query = torch.randn(batch, heads * group, fmt.head_dim, device="cuda").to(dtype)
     key, value = (torch.randn(batch, heads, fmt.head_dim, device="cuda").to(dtype) for _ in range(2))

@@ -21,10 +21,9 @@ sys.path[0] = str(Path(__file__).parents[1])  # not this folder, where kernels.p
 
 import torch  # noqa: E402
 
-from benchmarks.kernel_cases import Case, make_case  # noqa: E402
+from benchmarks.kernel_cases import Case, make_case, random_ring  # noqa: E402
 from benchmarks.kernels import MODELS, Results, stamp  # noqa: E402
-from vllm_oscar.core import reference  # noqa: E402
-from vllm_oscar.core.config import PAGE_TOKENS, PRESETS, WINDOW_TOKENS  # noqa: E402
+from vllm_oscar.core.config import PAGE_TOKENS, PRESETS  # noqa: E402
 from vllm_oscar.core.format import PageFormat  # noqa: E402
 from vllm_oscar.ops import dense_prefill  # noqa: E402
 from vllm_oscar.ops.step import Cache, Limits, Step  # noqa: E402
@@ -79,7 +78,7 @@ def make_layers(shape: Shape, fmt: PageFormat, heads: int, group: int, layers: i
     requests, context = shape.requests, shape.shared + shape.own
     ring_pages = seed.cache.ring_pages
     # What a request has computed itself it reads from the ring, as far as the window reaches.
-    start = context - WINDOW_TOKENS if shape.own else context
+    start = context - fmt.config.window if shape.own else context
     step = Step(
         query_start_loc=torch.arange(requests + 1, dtype=torch.int32, device=device) * shape.tokens,
         seq_lens=torch.full((requests,), shape.length, dtype=torch.int32, device=device),
@@ -97,9 +96,7 @@ def make_layers(shape: Shape, fmt: PageFormat, heads: int, group: int, layers: i
         pages = pool[:, 1:].flatten(0, 1)[torch.randint(4 * 31, (count,), device=device)]
         firsts = table[:, 0].unique().long()
         pages[firsts] = pool[:, 0][torch.randint(4, (len(firsts),), device=device)]
-        ring = torch.empty(requests * ring_pages, heads, fmt.page_bytes, dtype=torch.uint8, device=device)
-        view = reference.ring_view(ring, fmt, dtype)
-        view.copy_(torch.randn(view.shape, device=device, dtype=dtype))
+        ring = random_ring(requests * ring_pages, heads, fmt, dtype, device)
         cases.append(Case(step, Cache(pages, ring, ring_pages, fmt, fmt.head_dim**-0.5), query, key, value))
     return cases
 

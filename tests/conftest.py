@@ -16,6 +16,20 @@ settings.register_profile("fixed", derandomize=True)
 settings.load_profile("fixed")
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Say which instruction sets of the CPU kernels were run: a machine that lacks one tests the others alone."""
+    from vllm_oscar.ops.cpu import ISAS
+
+    reports = [report for group in terminalreporter.stats.values() for report in group]
+    run = {value for report in reports for name, value in getattr(report, "user_properties", ()) if name == "isa"}
+    if run:
+        absent = ", ".join(name for name in ISAS if name not in run) or "none"
+        terminalreporter.write_line(
+            f"CPU instruction sets run: {', '.join(name for name in ISAS if name in run)}; not run: {absent} "
+            "(test_cpu_amx.py runs amx's code with emulated instructions)"
+        )
+
+
 @pytest.fixture(scope="session")
 def engine_host():
     """The process in which the in-process engines of all test files run, one at a time."""

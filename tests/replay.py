@@ -3,7 +3,8 @@
 
 The model runs chunk by chunk, as vLLM's scheduler cut the request. Its attention keeps
 exact keys and values of its own, sends every full block through the reference codec and
-reads: blocks before ``ring_start`` from the codec, later tokens exactly. There are no
+reads: blocks before ``ring_start`` from the codec, later tokens as the ring has them, those
+of the chunk exactly. There are no
 pages, tables, rings or batches, so nothing of vLLM's plumbing is repeated here.
 """
 
@@ -15,8 +16,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vllm_oscar.core.format import PageFormat
 from vllm_oscar.core.reference import decode_pages, encode_pages
+from vllm_oscar.core.ring import RingType
 
 BLOCK = 128
+
+
+def _int8(x: torch.Tensor) -> torch.Tensor:
+    """One fp16 scale per token and head, so that the largest element is 127."""
+    scale = (x.abs().amax(-1, keepdim=True) / 127).half().float()
+    return (x / scale.clamp(min=1e-30)).round().clamp(-127, 127) * scale
 
 
 class Replay:
@@ -32,7 +40,7 @@ class Replay:
         self.add_noise(0.0, 0)
 
     def add_noise(self, relative: float, seed: int) -> None:
-        """From now on the codec gets keys with this relative noise."""
+        """From now on pages and ring get keys and values with this relative noise."""
         self.noise, self.generator = relative, torch.Generator().manual_seed(seed)
 
     @torch.inference_mode()
@@ -63,9 +71,9 @@ class Replay:
         return torch.cat(rows), self.layers
 
     def _ring_start(self) -> int:
-        """First position that is read exactly (DESIGN: the recent window; else the open block)."""
-        if self.fmt.config.recent_window:
-            return max(self.hit, self.context - 128, 0)
+        """First position that is read from the ring: the window; else the open block."""
+        if self.fmt.config.window:
+            return max(self.hit, self.context - self.fmt.config.window, 0)
         return self.context - self.context % BLOCK
 
     def _attention(self, module, query, key, value, attention_mask, scaling, **kwargs):
@@ -83,16 +91,20 @@ class Replay:
             source = head * key.shape[1] // query.shape[1]
             logits = query[0, head] @ keys[:, source].T * scaling
             out[head] = logits.masked_fill(hidden, -torch.inf).softmax(-1) @ values[:, source]
+        for name in ("key", "value"):
+            new = state[name][self.context :]
+            new *= 1 + self.noise * torch.randn(new.shape, generator=self.generator)
         self._encode_full_blocks(state)
+        if self.fmt.config.ring is RingType.INT8:  # what later steps see of this one's tokens
+            for name in ("key", "value"):
+                state[name][self.context :] = _int8(state[name][self.context :])
         return out.transpose(0, 1)[None], None
 
     def _encode_full_blocks(self, state: dict) -> None:
         for begin in range(len(state["coded_key"]), len(state["key"]) - BLOCK + 1, BLOCK):
             block = slice(begin, begin + BLOCK)
             first = torch.tensor([begin == 0])
-            keys = state["key"][None, block]
-            keys = keys * (1 + self.noise * torch.randn(keys.shape, generator=self.generator))
-            page = encode_pages(keys, state["value"][None, block], self.fmt, first)
+            page = encode_pages(state["key"][None, block], state["value"][None, block], self.fmt, first)
             key, value = decode_pages(page, self.fmt, first)
             state["coded_key"] = torch.cat([state["coded_key"], key[0]])
             state["coded_value"] = torch.cat([state["coded_value"], value[0]])

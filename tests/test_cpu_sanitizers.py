@@ -46,7 +46,8 @@ for isa in cpu.isas():
     os.environ["OSCAR_CPU_ISA"] = isa
     cpu.isa.cache_clear()
     for preset, dim, dtype in [("oscar", 80, torch.bfloat16), ("oscar_paper", 112, torch.float16),
-                               ("oscar_large", 64, torch.float32), ("oscar_small", 192, torch.bfloat16)]:
+                               ("oscar_large", 64, torch.float32), ("oscar_small", 192, torch.bfloat16),
+                               ("oscar_4bit", 96, torch.float16)]:
         fmt = PageFormat.preset(preset, dim)
         ring_pages, heads, group = fmt.ring_pages(dtype.itemsize), 2, 3
         requests = [(130, 1), (0, 140), (250, 30), (0, 0), (128, 7)]

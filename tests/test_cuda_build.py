@@ -15,6 +15,7 @@ import torch
 
 from vllm_oscar.core.config import PRESETS, NormScope, ParamType
 from vllm_oscar.core.format import PageFormat, pack_codes
+from vllm_oscar.core.ring import RingType
 
 ROOT = Path(__file__).parents[1]
 INCLUDE = f"-I{ROOT / 'csrc' / 'include'}"
@@ -29,13 +30,18 @@ PRINT_LAYOUT = """
 #include <cstdio>
 #include "oscar/presets.cuh"
 template <class L> void print(const char* name) {
-  std::printf("%s %d %d %d %d %d %d %d %d %d %d %d\\n", name, L::kHeadDim, L::kKeyCodes, L::kKeyHigh, L::kValueCodes,
-              L::kKeyParams, L::kValueScale, L::kValueZero, L::kNorms, L::kPageBytes, L::kFirstKey, L::kRingTokens);
+  const int numbers[] = {L::kHeadDim, L::kKeyCodes, L::kKeyHigh, L::kValueCodes, L::kValueHigh, L::kKeyParams,
+                         L::kValueScale, L::kValueZero, L::kNorms, L::kPageBytes, L::kFirstKey, L::kFirstValue,
+                         L::kRingTokens, L::kRingScales};
+  std::printf("%s", name);
+  for (int number : numbers) std::printf(" %d", number);
+  std::printf("\\n");
 }
 template <int D> void all() {
   using P = oscar::Presets<D>;
   print<typename P::Default>("oscar"); print<typename P::Small>("oscar_small");
-  print<typename P::Large>("oscar_large"); print<typename P::Paper>("oscar_paper");
+  print<typename P::Large>("oscar_large"); print<typename P::FourBit>("oscar_4bit");
+  print<typename P::Paper>("oscar_paper");
 }
 int main() { all<64>(); all<128>(); all<256>(); }
 """
@@ -52,9 +58,11 @@ def test_layout_constants_match_the_format(tmp_path):
         name, *numbers = line.split()
         dim, *found = map(int, numbers)
         fmt = PageFormat.preset(name, dim)
-        names = ("k_codes", "k_high", "v_codes", "k_params", "v_scale", "v_zero", "norms")
+        names = ("k_codes", "k_high", "v_codes", "v_high", "k_params", "v_scale", "v_zero", "norms")
         expected = [fmt.sections[section].offset for section in names]
-        expected += [fmt.page_bytes, fmt.first_key.offset, fmt.ring_tokens_per_page(2)]
+        expected += [fmt.page_bytes, fmt.first_key.offset, fmt.first_value.offset]
+        tokens, itemsize = fmt.ring_tokens_per_page(2), 1 if fmt.config.ring is RingType.INT8 else 2
+        expected += [tokens, tokens * 2 * dim * itemsize]
         assert found == expected, (name, dim)
 
 
@@ -76,7 +84,7 @@ def subnormals(register: torch.Tensor) -> torch.Tensor:
 
 
 def fragment(low: torch.Tensor, high: torch.Tensor | None, bits: int, r: int) -> torch.Tensor:
-    """``[words, 4, 2]``: values of registers a0..a3, as KeyWord::fragment and two_bit_fragment make them."""
+    """``[words, 4, 2]``: values of registers a0..a3, as CodeWord::fragment makes them."""
     if bits == 2:
         word = low >> 8 if r else low
         registers = [word & (0x00030003 << 2 * slot) for slot in range(4)]
@@ -90,7 +98,8 @@ def fragment(low: torch.Tensor, high: torch.Tensor | None, bits: int, r: int) ->
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("operand, bits", [("key", 2), ("key", 3), ("key", 4), ("value", 2)])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("operand", ["key", "value"])
 def test_fragments_hold_the_codes(operand, bits, head_dim):
     codes = torch.randint(0, 2**bits, (1, 128, head_dim), generator=torch.Generator().manual_seed(bits))
     low, high = (plane[0].view(torch.int32).long() & 0xFFFFFFFF for plane in pack_codes(codes, bits, operand))
@@ -153,11 +162,13 @@ def sources() -> list:
 def test_no_spills_and_registers_within_budget(source, arch, tmp_path):
     kernels = compile_cubin(source, arch, tmp_path / "out.cubin")
     assert kernels
-    # Where accumulators alone take 128 registers, the compiler for sm_120 finds no place for a dozen values.
+    # With sixteen query rows or 256 channels the compiler for sm_120 finds no place for up to a dozen values.
     for name, (registers, spilled) in kernels.items():
-        tight = arch == "120" and (source == "attention_256.cu" or (source == "attention_128.cu" and "Li2EEEv" in name))
+        tight = arch == "120" and (source == "attention_256.cu" or "Li2EEEv" in name)
         assert spilled <= (128 if tight else 0), f"{name} spills {spilled} bytes"
-        if "decode" not in name and "attention" in source or source == "store.cu":
+        if source == "store.cu":
+            assert registers <= 85, name  # three blocks a multiprocessor, for which it has memory at head size 128
+        elif "decode" not in name:
             assert registers <= (72 if arch == "100" else 64), name
         elif source == "attention_128.cu" and "Li1EEEv" in name and arch in ("80", "90a"):
             assert registers <= 168, name  # twelve warps a block
@@ -184,20 +195,26 @@ def test_inner_loop_of_the_default_preset(tmp_path):
     command = [cuobjdump(), "--dump-sass", str(cubin)]
     listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     code = [(int(at, 16), text.strip()) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", listing)]
-    loops = []
-    for at, text in code:
-        jump = re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text)
-        if jump and int(jump[1], 16) < at:
-            loops.append([i for a, i in code if int(jump[1], 16) <= a <= at])
-    loop = min((body for body in loops if sum("HMMA" in i for i in body) >= 64), key=len)
-    counts = Counter(re.sub(r"^@!?U?P\w+ ", "", i).split()[0].split(".")[0] for i in loop)
+    jumps = [(at, int(to[1], 16)) for at, i in code if (to := re.search(r"\bBRA\b.* 0x([0-9a-f]+)", i))]
+    loops = [[(at, i) for at, i in code if to <= at <= end] for end, to in jumps if to < end]
+    body = min((body for body in loops if sum("HMMA" in i for _, i in body) >= 64), key=len)
+    end = body[-1][0]
+    # Jumped over, unless the page is the sequence's first or the last in use, or a maximum has grown.
+    rare = {at for begin, to in jumps if begin < to <= end for at, _ in body if begin < at < to}
+
+    def count(instructions) -> Counter:
+        return Counter(re.sub(r"^@!?U?P\w+ ", "", i).split()[0].split(".")[0] for i in instructions)
+
+    loop = [i for at, i in body if at not in rare]
+    counts, rarely = count(loop), count(i for at, i in body if at in rare)
     assert not any(op in counts for op in ("I2F", "LDL", "STL", "LDG", "PRMT"))
-    # 32 scores, 32 values, 4 zeros and sums; 8 in a branch for the exact first key
-    assert counts["HMMA"] == 76
+    assert not any(op in rarely for op in ("LDL", "STL"))
+    assert counts["HMMA"] == 68  # 32 scores, 32 values, 4 zeros and sums
+    assert rarely["HMMA"] == 16  # the first token: 8 for its key, 8 for its value
     assert sum("LDS.128" in i for i in loop) >= 12
     elements = 64 * 128 * 2 / 32  # keys and values per lane
-    assert len(loop) / elements < 1.8  # with its branches, which are rarely taken
-    assert sum(counts[op] for op in ("LOP3", "SHF", "FMNMX", "F2FP", "FSEL", "ISETP")) / elements < 0.9
+    assert len(loop) / elements < 1.35
+    assert sum(counts[op] for op in ("LOP3", "SHF", "FMNMX", "F2FP", "FSEL", "ISETP")) / elements < 0.8
     bulk = [i for _, i in code if "UBLKCP" in i]
     assert bulk, "pages must arrive by bulk copies"
-    assert not any("BRA.U.ANY" in i for i in loop), "one lane issues copies, without a loop over lanes"
+    assert not any("BRA.U.ANY" in i for _, i in body), "one lane issues copies, without a loop over lanes"

@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_oscar.core.config import PRESETS, SUPPORTED_HEAD_DIMS, NormScope, OscarConfig, ParamType
-from vllm_oscar.core.format import PageFormat
-from vllm_oscar.core.reference import attention, decode_page, decode_pages, encode_page, encode_pages
+from vllm_oscar.core.format import PageFormat, unpack_codes
+from vllm_oscar.core.hadamard import hadamard, rotate
+from vllm_oscar.core.reference import _gain, attention, decode_page, decode_pages, encode_page, encode_pages
 
+OURS = [name for name, config in PRESETS.items() if config.first_token]
 presets = st.sampled_from(list(PRESETS))
 head_dims = st.sampled_from(SUPPORTED_HEAD_DIMS)
 seeds = st.integers(0, 2**31)
@@ -40,15 +44,12 @@ def fp16(x: torch.Tensor) -> torch.Tensor:
 
 
 def asymmetric_int2(group: torch.Tensor) -> torch.Tensor:
-    """Min/max INT2 with an integer zero point, as in the paper, of a one-dimensional group."""
+    """Min/max INT2 of a one-dimensional group. The zero point is an integer of any size."""
     low, high = group.min(), group.max()
     scale = fp16((high - low) / 3)
-    if scale == 0:
-        return torch.zeros_like(group) + fp16(low) * 0
-    zero_point = (-low / scale).round().clamp(0, 3)
-    offset = fp16(-zero_point * scale)
-    codes = ((group - offset) / scale).round().clamp(0, 3)
-    return codes * scale + offset
+    zero_point = (-low / scale).round()
+    codes = ((group / scale).round() + zero_point).clamp(0, 3)
+    return scale * (codes - zero_point)
 
 
 def paper_codec(key: torch.Tensor, value: torch.Tensor):
@@ -70,16 +71,31 @@ def paper_codec(key: torch.Tensor, value: torch.Tensor):
     return unit * norm @ rotation.T, value @ rotation.T
 
 
+def off_centre(key: torch.Tensor, value: torch.Tensor):
+    """Every fourth rotated key channel lies up to seven spans from zero, every second value group three."""
+    dim = key.shape[-1]
+    shift = torch.linspace(-40, 40, dim) * (torch.arange(dim) % 4 == 0)
+    lifted = 12.0 * (torch.arange(dim) // 32 % 2)
+    rotation = sylvester(dim).float()
+    return key + shift @ rotation.T, value + lifted @ rotation.T
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_oscar_paper_is_the_paper(head_dim):
+@pytest.mark.parametrize("centred, steps_off", [(True, 0.01), (False, 0.1)])
+def test_oscar_paper_is_the_paper(head_dim, centred, steps_off):
     key, value = random_block(head_dim, seed=3)
+    if not centred:
+        key, value = off_centre(key, value)
     fmt = PageFormat.preset("oscar_paper", head_dim)
     found = decode_page(encode_page(key, value, fmt), fmt)
     exact = paper_codec(key, value)
     for have, want, original in zip(found, exact, (key, value)):
-        # In float32 a code on a rounding edge may fall to the other side: rare, one step each.
+        # A code on a rounding edge may fall to the other side: in float32 rarely, by a zero point of many
+        # steps, which is stored in fp16, more often. That is one step in a token, and no larger error.
         assert relative(have.double(), want) < 1e-4
-        assert ((have.double() - want).norm(dim=-1) > 1e-3 * original.norm(dim=-1)).double().mean() < 0.01
+        error, loss = (have - want).norm(dim=-1), (want - original).norm(dim=-1)
+        assert (error > 0.01 * loss).double().mean() < steps_off
+        assert relative(have, original) == pytest.approx(relative(want, original), rel=0.001)
 
 
 def test_the_paper_error_is_what_its_quantizer_gives_on_gaussians():
@@ -92,15 +108,76 @@ def test_the_paper_error_is_what_its_quantizer_gives_on_gaussians():
 
 @pytest.mark.parametrize(
     "preset, key_error, value_error",
-    [("oscar", 0.0336, 0.146), ("oscar_small", 0.125, 0.134), ("oscar_large", 0.0082, 0.146)],
+    [
+        ("oscar", 0.0327, 0.146),
+        ("oscar_small", 0.1185, 0.139),
+        ("oscar_large", 0.0327, 0.0386),
+        ("oscar_4bit", 0.0082, 0.0099),
+    ],
 )
-def test_our_presets_err_less(preset, key_error, value_error):
-    """On Gaussians; the values are recorded, so a change of the quantizer shows."""
+def test_the_error_of_our_presets_on_gaussians(preset, key_error, value_error):
+    """The values are recorded, so a change of the quantizer shows."""
     key, value = random_block(128, heads=8)
     fmt = PageFormat.preset(preset, 128)
     found_key, found_value = decode_page(encode_page(key, value, fmt), fmt)
     assert relative(found_key, key) == pytest.approx(key_error, rel=0.03)
     assert relative(found_value, value) == pytest.approx(value_error, rel=0.03)
+
+
+# ---- our codec, written out ---------------------------------------------------------------
+def e4m3(x: torch.Tensor) -> torch.Tensor:
+    return x.float().to(torch.float8_e4m3fn).double()
+
+
+def affine(x: torch.Tensor, bits: int, clip: float, shape: torch.Tensor, rounded):
+    """Codes of ``x`` and their scale and zero, for the clipped range of ``shape``."""
+    low, high = shape.min(), shape.max()
+    middle, half = (low + high) / 2, (high - low) / 2 * clip
+    scale, zero = rounded(2 * half / (2**bits - 1)), rounded(middle - half)
+    return ((x - zero) / scale).round().clamp(0, 2**bits - 1), scale, zero
+
+
+def our_codec(key: torch.Tensor, value: torch.Tensor, config: OscarConfig, first: bool):
+    """One head ``[128, D]`` in float64, loop by loop; e4m3 key parameters and one value group."""
+    rotation = hadamard(key.shape[-1]).double()
+    key, value = key.double() @ rotation, value.double() @ rotation
+    norm = fp16(key.square().mean(1).sqrt())
+    unit = key / norm[:, None]
+    coded = torch.empty_like(unit)
+    for begin in range(0, 128, config.key_group):
+        rows = slice(begin, begin + config.key_group)
+        for channel in range(unit.shape[1]):
+            shape = unit[1:, channel] if first else unit[rows, channel]
+            codes, scale, zero = affine(unit[rows, channel], config.key_bits, config.key_clip, shape, e4m3)
+            coded[rows, channel] = codes * scale + zero
+    gain = unit.square().sum(1) / (unit * coded).sum(1)
+    coded_key = coded * fp16(norm * gain)[:, None]
+    coded_value = torch.empty_like(value)
+    for token, x in enumerate(value):
+        codes, scale, zero = affine(x, config.value_bits, config.value_clip, x, fp16)
+        gain = x.square().sum() / (x * (codes * scale + zero)).sum()
+        coded_value[token] = codes * fp16(scale * gain) + fp16(zero * gain)
+    if first:
+        scale = fp16(key[0].abs().max() / 127)
+        coded_key[0] = (key[0] / scale).round().clamp(-127, 127) * scale
+        codes, scale, zero = affine(value[0], 8, 1.0, value[0], fp16)
+        coded_value[0] = codes * scale + zero
+    return coded_key @ rotation.T, coded_value @ rotation.T
+
+
+@pytest.mark.parametrize("preset", OURS)
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 112])
+def test_our_presets_are_what_is_written_out(preset, first, head_dim):
+    key, value = random_block(head_dim, seed=5, heads=1)
+    key, value = key * (1 + torch.arange(128) % 7)[:, None, None], value + 0.3  # norms that differ, and a mean
+    fmt = PageFormat.preset(preset, head_dim)
+    found = decode_page(encode_page(key, value, fmt, first=first), fmt, first=first)
+    exact = our_codec(key[:, 0], value[:, 0], fmt.config, first)
+    for have, want in zip(found, exact):
+        error = (have[:, 0] - want).norm(dim=-1) / want.norm(dim=-1)
+        assert (error > 1e-3).double().mean() < 0.03  # a code or a parameter on a rounding edge
+        assert error.max() < 0.2
 
 
 # ---- properties of every preset -------------------------------------------------------
@@ -180,38 +257,72 @@ def test_zero_and_constant_blocks(preset):
         assert torch.equal(found, zero)
     same = torch.randn(1, 2, 128, generator=torch.Generator().manual_seed(0)).expand(128, -1, -1)
     found, _ = decode_page(encode_page(same, same, fmt), fmt)
-    if not fmt.config.integer_zero:  # integer zero points cannot represent a constant
-        assert relative(found, same) < 1e-2
+    assert relative(found, same) < 1e-2
 
 
 # ---- the first page -------------------------------------------------------------------
-FIRST = [name for name, config in PRESETS.items() if config.exact_first_key]
-
-
-@pytest.mark.parametrize("preset", FIRST)
-@pytest.mark.parametrize("head_dim", SUPPORTED_HEAD_DIMS)
-def test_the_first_key_of_a_sequence_is_exact(preset, head_dim):
+def sink_block(head_dim: int):
+    """A block whose first token has a large key and a small value, as attention sinks do."""
     key, value = random_block(head_dim)
-    key[0] *= 50  # an attention sink
+    key[0] *= 50
+    value[0] *= 0.02
+    return key, value
+
+
+@pytest.mark.parametrize("preset", OURS)
+@pytest.mark.parametrize("head_dim", SUPPORTED_HEAD_DIMS)
+def test_the_first_token_of_a_sequence_is_kept_in_eight_bits(preset, head_dim):
+    key, value = sink_block(head_dim)
     fmt = PageFormat.preset(preset, head_dim)
     page = encode_page(key, value, fmt, first=True)
-    found, _ = decode_page(page, fmt, first=True)
-    assert torch.allclose(found[0], key[0], rtol=0, atol=2e-3 * key[0].abs().max().item())
+    found_key, found_value = decode_page(page, fmt, first=True)
+    key_step = rotate(key[0]).abs().amax(-1) / 127
+    value_step = (rotate(value[0]).amax(-1) - rotate(value[0]).amin(-1)) / 255
+    # Half a step in every channel at worst, and a scale and a zero in fp16.
+    assert ((found_key[0] - key[0]).norm(dim=-1) <= (0.5 * key_step + 1e-3 * key_step) * head_dim**0.5).all()
+    assert ((found_value[0] - value[0]).norm(dim=-1) <= (0.5 * value_step + 0.1 * value_step) * head_dim**0.5).all()
     # It does not widen the others' range: they lose what one group of 127 tokens loses.
-    assert relative(found[1:], key[1:]) < (0.22 if fmt.config.key_bits == 2 else 0.06)
-    later, _ = decode_page(encode_page(key, value, fmt), fmt)
-    assert relative(later[0], key[0]) > 1e-3
+    assert relative(found_key[1:], key[1:]) < (0.24, 0.06, 0.015)[fmt.config.key_bits - 2]
+    later_key, later_value = decode_page(encode_page(key, value, fmt), fmt)
+    assert relative(later_key[0], key[0]) > 10 * relative(found_key[0], key[0])
+    assert relative(later_value[0], value[0]) > 10 * relative(found_value[0], value[0])
+    assert torch.equal(later_value[1:], found_value[1:])
 
 
-@pytest.mark.parametrize("preset", FIRST)
-def test_a_first_page_differs_only_in_key_codes_and_params(preset):
-    key, value = random_block(128)
-    fmt = PageFormat.preset(preset, 128)
-    first, later = encode_page(key, value, fmt, first=True), encode_page(key, value, fmt)
-    for name in ("v_codes", "v_scale", "v_zero", "norms"):
-        section = fmt.sections[name].slice
-        assert torch.equal(first[:, section], later[:, section])
-    assert not torch.equal(first, later)
+@pytest.mark.parametrize("preset", OURS)
+def test_a_first_page_without_its_eight_bit_codes_has_no_first_value_but_its_zero(preset):
+    """Kernels rely on it: the codes of token 0 are 0 in all planes, and its zero counts as any other."""
+    key, value = sink_block(64)
+    fmt = PageFormat.preset(preset, 64)
+    page = encode_page(key, value, fmt, first=True)
+    planes = [page[:, fmt.sections[name].slice].contiguous() for name in ("v_codes", "v_high")]
+    assert not unpack_codes(*planes, fmt.config.value_bits, "value", 64)[:, 0].any()
+    planes = [page[:, fmt.sections[name].slice].contiguous() for name in ("k_codes", "k_high")]
+    assert not unpack_codes(*planes, fmt.config.key_bits, "key", 64)[:, 0].any()
+    page[:, fmt.first_value.slice] = 0
+    _, found = decode_page(page, fmt, first=True)
+    low = rotate(value[0]).amin(-1, keepdim=True).expand(-1, 64)
+    assert torch.allclose(rotate(found[0]), low, rtol=2e-3)
+
+
+@pytest.mark.parametrize("preset", OURS)
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_a_byte_of_the_first_token_is_where_the_layout_says(preset, head_dim):
+    key, value = sink_block(head_dim)
+    fmt = PageFormat.preset(preset, head_dim)
+    page = encode_page(key, value, fmt, first=True)
+    before = [rotate(x[0]) for x in decode_page(page, fmt, first=True)]
+    tiles = head_dim // 16
+    channel = 37
+    tile, b, t, half = channel // 16, channel // 8 % 2, channel % 8 // 2, channel % 2
+    page[:, fmt.first_key.offset + ((t * tiles + tile) * 2 + b) * 2 + half] ^= 64
+    j0, g = channel // 8 % 2, channel % 8
+    page[:, fmt.first_value.offset + (g * tiles + tile) * 2 + j0] ^= 64
+    for have, was in zip(decode_page(page, fmt, first=True), before):
+        changed = (rotate(have[0]) - was).abs()
+        others = torch.arange(head_dim) != channel
+        assert (changed[:, others] < 1e-3 * changed[:, [channel]]).all()
+        assert (changed[:, channel] > 0).all()
 
 
 def test_the_paper_treats_no_page_specially():
@@ -220,23 +331,74 @@ def test_the_paper_treats_no_page_specially():
     assert torch.equal(encode_page(key, value, fmt, first=True), encode_page(key, value, fmt))
 
 
+# ---- gains --------------------------------------------------------------------------------
+def shrinkage(found: torch.Tensor, exact: torch.Tensor, group: int) -> torch.Tensor:
+    """Per token, head and group of channels: how much of ``exact`` is left along itself."""
+    found, exact = (x.unflatten(-1, (-1, group)) for x in (found, exact))
+    return (found * exact).sum(-1) / exact.square().sum(-1)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("value_group", [32, 256])
+def test_gains_remove_the_shrinkage(bits, value_group):
+    key, value = random_block(64, seed=2, heads=4)
+    group = min(value_group, 64)
+    left = {}
+    for gain in (False, True):
+        config = OscarConfig("any", bits, bits, value_group=value_group, key_clip=0.8, value_clip=0.6,
+                             key_gain=gain, value_gain=gain)  # fmt: skip
+        fmt = PageFormat(config, 64)
+        found = decode_page(encode_page(key, value, fmt), fmt)
+        left[gain] = shrinkage(found[0], key, 64), shrinkage(rotate(found[1]), rotate(value), group)
+    for shrunk, whole in zip(left[False], left[True]):
+        assert shrunk.mean() < 0.99  # by clipping at every bit width
+        assert (whole - 1).abs().max() < 2e-3  # of fp16
+
+
+def test_a_gain_is_bounded_and_never_nan():
+    x = torch.tensor([[1.0, -2.0, 3.0]])
+    for coded, gain in ((x, 1), (x / 1.25, 1.25), (x / 8, 2), (8 * x, 0.5), (-x, 1), (0 * x, 1), (torch.nan * x, 1)):
+        assert _gain(x, coded).item() == pytest.approx(gain)
+    assert _gain(0 * x, 0 * x).item() == 1
+    assert _gain(torch.inf * x, torch.inf * x).item() == 1
+    assert _gain(1e25 * x, 60000 * x).item() == 2  # a sum of squares beyond float32
+
+
+def test_gains_are_the_encoders_business():
+    """A decoder reads a page alike, whatever made it."""
+    key, value = random_block(128)
+    fmt = PageFormat.preset("oscar", 128)
+    plain = PageFormat(replace(fmt.config, key_gain=False, value_gain=False), 128)
+    page = encode_page(key, value, fmt, first=True)
+    assert fmt.sections == plain.sections
+    for have, want in zip(decode_page(page, plain, first=True), decode_page(page, fmt, first=True)):
+        assert torch.equal(have, want)
+
+
 # ---- options that no preset uses --------------------------------------------------------
 @pytest.mark.parametrize(
     "options",
     [
-        {"norm": NormScope.NONE},
-        {"key_group": 128, "exact_first_key": False},
+        {"norm": NormScope.NONE, "key_gain": False, "first_token": False},
+        {"norm": NormScope.JOINT},
+        {"key_group": 128, "first_token": False},
         {"key_param": ParamType.FP16, "value_group": 32},
         {"integer_zero": True, "key_clip": 1.0, "value_clip": 1.0},
         {"key_bits": 4, "key_group": 32, "value_group": 64},
+        {"value_bits": 3, "value_group": 64},
+        {"value_bits": 4, "key_bits": 2},
     ],
 )
 @pytest.mark.parametrize("head_dim", [64, 80, 192])
 def test_other_configs(options, head_dim):
     fmt = PageFormat(OscarConfig("other", **options), head_dim)
     key, value = random_block(head_dim)
-    for found, exact in zip(decode_page(encode_page(key, value, fmt), fmt), (key, value)):
-        assert relative(found, exact) < 0.3
+    for first in (False, True):
+        page = encode_page(key, value, fmt, first=first)
+        for found, exact in zip(decode_page(page, fmt, first=first), (key, value)):
+            assert relative(found, exact) < 0.3
+            if first and fmt.config.first_token:
+                assert relative(found[0], exact[0]) < 1e-4
 
 
 # ---- attention ----------------------------------------------------------------------------

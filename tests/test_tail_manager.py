@@ -130,15 +130,15 @@ def test_spec():
     assert not spec.is_uniform_with_collection({"a": make_spec(), "b": object()})
 
 
-@given(st.integers(0, 100_000), st.integers(0, 700))
-def test_ring_start(context, hit_pages):
+@given(st.integers(0, 100_000), st.integers(0, 700), st.sampled_from([128, 256, 1000]))
+def test_ring_start(context, hit_pages, window):
     hit = min(hit_pages * 128, context // 128 * 128)
     contexts, hits = torch.tensor([context]), torch.tensor([hit])
-    windowed = ring_start(contexts, hits, True).item()
-    assert windowed == max(context - 128, hit, 0)
-    plain = ring_start(contexts, hits, False).item()
+    windowed = ring_start(contexts, hits, window).item()
+    assert windowed == max(context - window, hit, 0)
+    plain = ring_start(contexts, hits, 0).item()
     assert plain == context - context % 128
-    for start in (windowed, plain):
+    for start, capacity in ((windowed, window), (plain, 128)):
         assert hit <= start <= context  # what lies before a hit was never in this ring
-        assert context - start <= 128  # and the ring holds no more than that
+        assert context - start <= capacity  # and the ring holds no more than that
         assert -(-start // 128) * 128 <= context  # pages that are read are full

@@ -6,6 +6,7 @@ import inspect
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -15,16 +16,17 @@ if importlib.util.find_spec("triton") is None:
 LATE = "triton" in sys.modules and "TRITON_INTERPRET" not in os.environ
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import tolerances  # noqa: E402
 import torch  # noqa: E402
+from triton_batch import DEVICE, Batch  # noqa: E402
 
 from vllm_oscar.core import reference  # noqa: E402
 from vllm_oscar.core.config import PAGE_TOKENS, PRESETS, SUPPORTED_HEAD_DIMS, NormScope, OscarConfig, ParamType  # noqa: E402
 from vllm_oscar.core.format import PageFormat  # noqa: E402
+from vllm_oscar.core.ring import RingType  # noqa: E402
 from vllm_oscar.ops import reference as expected_ops  # noqa: E402
 from vllm_oscar.ops import triton as ops  # noqa: E402
 from vllm_oscar.ops.step import Cache, Limits, Step  # noqa: E402
-
-DEVICE = "cuda" if torch.cuda.is_available() and os.environ["TRITON_INTERPRET"] != "1" else "cpu"
 
 if os.environ["TRITON_INTERPRET"] == "1":
     from triton.runtime import interpreter
@@ -52,106 +54,10 @@ def test_in_a_fresh_process(request):
     assert run.returncode == 0, run.stdout[-4000:]
 
 
-class Batch:
-    """Requests with history in shuffled pages and rings; all memory that is not theirs is poison."""
-
-    def __init__(self, fmt, requests, heads=2, group=2, dtype=torch.float32, seed=0, pad_tokens=0, spread=1.0):
-        """``requests``: (context, query length, tokens before the context that the ring provides)."""
-        random = torch.Generator().manual_seed(seed)
-        dim = fmt.head_dim
-        self.fmt, self.dtype = fmt, dtype
-        self.ring_pages = fmt.ring_pages(dtype.itemsize, lookahead=16)
-        blocks = sum(-(-(c + q) // PAGE_TOKENS) for c, q, _ in requests) + 2
-        most = max(-(-(c + q) // PAGE_TOKENS) for c, q, _ in requests) + 1
-        rings = len(requests) * self.ring_pages + 1
-        self.pages = torch.full((blocks, heads, fmt.page_bytes), 255, dtype=torch.uint8)
-        self.ring = torch.full((rings, heads, fmt.page_bytes), 255, dtype=torch.uint8)
-        self.page_table = torch.full((len(requests), most), 2**31 - 1, dtype=torch.int32)
-        self.ring_table = torch.empty(len(requests), self.ring_pages + 1, dtype=torch.int32)
-        free = torch.randperm(blocks, generator=random).tolist()
-        free_ring = torch.randperm(rings, generator=random).tolist()
-        view = reference.ring_view(self.ring, fmt, dtype)
-        capacity = view.shape[2] * self.ring_pages
-        bias = torch.randn(2, heads, dim, generator=random)
-        tokens = sum(q for _, q, _ in requests) + pad_tokens
-        self.key, self.value = torch.full((2, tokens, heads, dim), float("nan"), dtype=dtype)
-        self.query = (spread * torch.randn(tokens, heads * group, dim, generator=random)).to(dtype)
-        starts, lens, ring_starts = [0], [], []
-        for r, (context, length, in_ring) in enumerate(requests):
-            key = (torch.randn(context + length, heads, dim, generator=random) + bias[0]).to(dtype)
-            value = (torch.randn(context + length, heads, dim, generator=random) + 0.3 * bias[1]).to(dtype)
-            full = context // PAGE_TOKENS
-            if length:
-                needed = -(-(context + length) // PAGE_TOKENS)
-                self.page_table[r, :needed] = torch.tensor([free.pop() for _ in range(needed)])
-                self.ring_table[r] = torch.tensor([free_ring.pop() for _ in range(self.ring_pages)] + [2**31 - 1])
-                if full:
-                    self.pages[self.page_table[r, :full].long()] = reference.encode_pages(
-                        key[: full * PAGE_TOKENS].unflatten(0, (full, PAGE_TOKENS)),
-                        value[: full * PAGE_TOKENS].unflatten(0, (full, PAGE_TOKENS)),
-                        fmt,
-                        torch.arange(full) == 0,
-                    )
-                in_ring = max(min(in_ring, context, capacity), context - full * PAGE_TOKENS)
-                position = torch.arange(context - in_ring, context)
-                page, offset = reference.ring_slots(
-                    self.ring_table[r].expand(in_ring, -1), position, view.shape[2], self.ring_pages
-                )
-                view[page, :, offset] = torch.stack([key[position], value[position]], 2)
-                self.key[starts[-1] : starts[-1] + length] = key[context:]
-                self.value[starts[-1] : starts[-1] + length] = value[context:]
-                lens.append(context + length)
-                ring_starts.append(context - in_ring)
-            else:  # a request without tokens in this step: anything
-                self.ring_table[r] = 2**31 - 1
-                lens.append(977)
-                ring_starts.append(333)
-            starts.append(starts[-1] + length)
-        self.query_start_loc = torch.tensor(starts, dtype=torch.int32)
-        self.seq_lens = torch.tensor(lens, dtype=torch.int32)
-        self.ring_start = torch.tensor(ring_starts, dtype=torch.int32)
-        self.max_query_len = max(length for _, length, _ in requests)
-        for name, tensor in vars(self).items():
-            if isinstance(tensor, torch.Tensor):
-                setattr(self, name, tensor.to(DEVICE))
-
-    @property
-    def step(self):
-        return Step(
-            self.query_start_loc,
-            self.seq_lens,
-            self.page_table,
-            self.ring_table,
-            self.ring_start,
-            self.max_query_len,
-        )
-
-    def cache(self, pages=None, ring=None):
-        pages, ring = self.pages if pages is None else pages, self.ring if ring is None else ring
-        return Cache(pages, ring, self.ring_pages, self.fmt, self.fmt.head_dim**-0.5)
-
-    def attention(self, module):
-        out = torch.full_like(self.query, 7.0)
-        module.attention(self.step, self.cache(), self.query, self.key, self.value, out)
-        return out
-
-    def store(self, module):
-        pages = self.pages.clone()
-        module.store_pages(self.step, self.cache(pages=pages), self.key, self.value)
-        return pages
-
-    def write_ring(self, module):
-        ring = self.ring.clone()
-        module.write_ring(self.step, self.cache(ring=ring), self.key, self.value)
-        return ring
-
-
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-
-
 def check_attention(batch):
     expected, actual = batch.attention(expected_ops), batch.attention(ops)
-    torch.testing.assert_close(actual, expected, rtol=TOLERANCE[batch.dtype], atol=TOLERANCE[batch.dtype])
+    bound = tolerances.TRITON[batch.dtype]
+    torch.testing.assert_close(actual, expected, rtol=bound, atol=bound)
 
 
 def check_store(batch):
@@ -175,7 +81,7 @@ CASES = {
     "decode_small": ("oscar_small", 80, "float16", 1, [(129, 1, 1), (256, 1, 137)]),
     "decode_large": ("oscar_large", 112, "float32", 2, [(257, 1, 100)]),
     "decode_paper": ("oscar_paper", 96, "float32", 3, [(200, 1, 0)]),
-    "decode_192": ("oscar", 192, "float32", 1, [(133, 1, 0)]),
+    "decode_192": ("oscar_4bit", 192, "float32", 1, [(133, 1, 0)]),
     "decode_256": ("oscar_paper", 256, "bfloat16", 2, [(133, 1, 5)]),
     "decode_128": ("oscar_small", 128, "float32", 16, [(140, 1, 12)]),
     "verify": ("oscar", 64, "float32", 4, [(250, 5, 122), (5, 16, 5), (200, 2, 72)]),
@@ -184,6 +90,7 @@ CASES = {
     "chunk": ("oscar", 64, "float32", 1, [(200, 200, 128)]),
     "chunk_small": ("oscar_small", 96, "bfloat16", 3, [(256, 20, 0)]),
     "chunk_large": ("oscar_large", 80, "float32", 1, [(150, 20, 30)]),
+    "chunk_4bit": ("oscar_4bit", 80, "bfloat16", 2, [(257, 18, 0)]),
     "chunk_paper": ("oscar_paper", 64, "float16", 2, [(140, 18, 0)]),
 }
 
@@ -207,12 +114,13 @@ STORES = {
     "oscar": [(0, 128, 0), (127, 1, 127), (130, 126, 2), (60, 60, 60), (7, 0, 0), (100, 300, 100)],
     "oscar_small": [(255, 1, 127), (0, 257, 0)],
     "oscar_large": [(120, 8, 120), (128, 128, 0)],
+    "oscar_4bit": [(120, 8, 120), (128, 128, 0)],
     "oscar_paper": [(120, 8, 120), (128, 128, 0)],
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("preset,dim", [("oscar", 64), ("oscar_small", 80), ("oscar_large", 112), ("oscar_paper", 128)])
+@pytest.mark.parametrize("preset,dim", list(zip(STORES, (64, 80, 112, 64, 128), strict=True)))
 def test_store(preset, dim, dtype):
     check_store(Batch(PageFormat.preset(preset, dim), STORES[preset], dtype=dtype, group=1, pad_tokens=5))
 
@@ -223,21 +131,98 @@ def test_store_wide(dim):
 
 
 # ---- formats that no preset has -----------------------------------------------------------
+NO_NORM = dict(norm=NormScope.NONE, key_gain=False, first_token=False)
+FP16 = dict(key_param=ParamType.FP16)
 FORMATS = [
-    OscarConfig("a", key_bits=3, key_group=128, value_group=64, exact_first_key=False),
-    OscarConfig("b", key_bits=3, key_group=32, value_group=32, norm=NormScope.NONE, key_param=ParamType.FP16),
-    OscarConfig("c", key_bits=4, key_group=32, value_group=128, norm=NormScope.JOINT),
-    OscarConfig("d", key_bits=2, key_group=64, value_group=64, key_param=ParamType.FP16),
-    OscarConfig("e", key_bits=4, key_group=128, exact_first_key=False, integer_zero=True),
+    OscarConfig("a", key_bits=3, key_group=128, value_bits=3, value_group=32, first_token=False, window=0),
+    OscarConfig("b", key_bits=3, key_group=32, value_bits=4, value_group=32, **NO_NORM, **FP16),
+    OscarConfig("c", key_bits=4, key_group=32, value_bits=3, norm=NormScope.JOINT, window=128),
+    OscarConfig("d", key_bits=2, key_group=64, value_bits=4, ring=RingType.MODEL, **FP16),
+    OscarConfig("e", key_bits=4, key_group=128, value_bits=3, first_token=False, integer_zero=True, window=300),
+    OscarConfig("f", key_bits=2, key_group=32, value_bits=3, value_group=32, integer_zero=True, **FP16),
+    OscarConfig("g", key_bits=3, key_group=64, value_bits=4, value_group=32, value_gain=False, window=1),
 ]
 
 
 @pytest.mark.parametrize("config", FORMATS, ids=lambda config: config.name)
 def test_formats(config):
     fmt = PageFormat(config, 80 if config.name == "b" else 64)
-    batch = Batch(fmt, [(255, 1, 80)], group=2)
+    batch = Batch(fmt, [(255, 1, fmt.config.window), (130, 17, 40)], group=2)
     check_attention(batch)
     check_store(batch)
+    check_ring(batch)
+
+
+@pytest.mark.parametrize("ring,window", [("int8", 0), ("int8", 128), ("int8", 256), ("model", 256)])
+def test_windows(ring, window):
+    """Rings of all sizes, read from the window's start, wrapped, and overwritten by a prompt longer than they are."""
+    config = replace(PRESETS["oscar_small"], ring=RingType(ring), window=window)
+    few = dict(heads=1, group=1, dtype=torch.float16)
+    check_ring(Batch(PageFormat(config, 64), [(511, 2, window), (3, 540, 3)], **few))
+    batch = Batch(PageFormat(config, 64), [(511, 2, window)], **few)
+    assert batch.ring_pages * batch.fmt.ring_tokens_per_page(2) < 540
+    check_store(batch)
+    check_attention(batch)
+
+
+# ---- numbers at the edges -------------------------------------------------------------------
+def int8_ring(batch, ring):
+    """Bytes and fp16 scales."""
+    dim = batch.fmt.head_dim
+    tokens = batch.fmt.ring_tokens_per_page(batch.dtype.itemsize)
+    scales = ring[..., tokens * 2 * dim : tokens * 2 * (dim + 2)]
+    return ring[..., : tokens * 2 * dim], scales.contiguous().view(torch.half)
+
+
+def test_int8_ring_rounding():
+    """Ties, tokens of zeros, scales that saturate or vanish, NaN and infinities."""
+    batch = Batch(PageFormat.preset("oscar", 64), [(0, 9, 0)])
+    key = batch.key
+    key[0] = torch.arange(64) * 0.5 - 16
+    key[0, :, 0] = 127.0
+    key[1] = 0.0
+    key[2] *= 1e30
+    key[3] *= 1e-9
+    key[4] *= 3e-6
+    key[5, 0, 7] = float("nan")
+    key[6, 1, 3], key[6, 1, 5] = float("inf"), float("-inf")
+    batch.value[:] = key.flip(0)
+    (codes, scales), (expected, expected_scales) = (int8_ring(batch, batch.write_ring(x)) for x in (ops, expected_ops))
+    assert torch.equal(codes, expected)
+    torch.testing.assert_close(scales, expected_scales, rtol=0, atol=0, equal_nan=True)
+    poison = int8_ring(batch, batch.ring)[1].isnan().sum()
+    assert (9 * 4 - 2) == (poison - scales.isnan().sum())
+
+
+@pytest.mark.parametrize("preset,dim,token", [("oscar", 64, 0), ("oscar", 80, 90), ("oscar_large", 64, 5)])
+def test_nan_stays_in_its_token(preset, dim, token):
+    """A NaN in the first token, in the ring, or among the step's tokens, makes that token NaN and no other."""
+    fmt = PageFormat.preset(preset, dim)
+    batch = Batch(fmt, [(0, 40, 0)], heads=1, group=1)
+    step = Batch(fmt, [(40, 90, 40)], heads=1, group=1)
+    new, row = (batch, token) if token < 40 else (step, token - 40)
+    new.key[row, 0, 3] = new.value[row, 0, 5] = float("nan")
+    step.ring, step.ring_table = batch.write_ring(ops), batch.ring_table
+    page = step.page_table[0, :1].long()
+    first = torch.tensor([True], device=DEVICE)
+    expected, actual = (reference.decode_pages_rotated(step.store(x)[page], fmt, first) for x in (expected_ops, ops))
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3, equal_nan=True)
+    for part in actual:
+        assert part.isnan().all(-1).flatten().nonzero().tolist() == part.isnan().any(-1).flatten().nonzero().tolist()
+        assert part.isnan().any(-1).flatten().nonzero().tolist() == [[token]]
+
+
+def test_tiny_and_huge_values():
+    """fp16 keeps the weights of an int8 ring's values whatever their size."""
+    for size in (1e-3, 300.0):
+        batch = Batch(PageFormat.preset("oscar", 64), [(200, 1, 200)], dtype=torch.float16)
+        scales = int8_ring(batch, batch.ring)[1]
+        scales[..., 1::2] *= size  # a copy
+        tokens = batch.fmt.ring_tokens_per_page(2)
+        batch.ring[..., tokens * 128 : tokens * 132] = scales.view(torch.uint8)
+        batch.value *= size
+        expected, actual = batch.attention(expected_ops), batch.attention(ops)
+        torch.testing.assert_close(actual, expected, rtol=2e-3, atol=2e-3 * size)
 
 
 @pytest.mark.slow
@@ -248,7 +233,7 @@ def test_matrix(preset, dim, dtype):
     fmt = PageFormat.preset(preset, dim)
     for group in (1, 3, 8):
         for length in (1, 2, 7, 16, 17, 130):
-            requests = [(c, length, ring) for c, ring in ((0, 0), (127, 127), (128, 0), (300, 130), (511, 136))]
+            requests = [(c, length, ring) for c, ring in ((0, 0), (127, 127), (128, 0), (300, 130), (511, 256))]
             batch = Batch(fmt, requests, dtype=dtype, group=group, seed=length)
             check_attention(batch)
             if group == 1:
@@ -404,80 +389,3 @@ def test_strides_that_would_need_a_copy_are_refused(name):
         setattr(batch, name, getattr(batch, name).repeat_interleave(2, -1)[..., ::2])
     with pytest.raises(ValueError, match=f"OScaR Triton kernels: .*{name}.* contiguous"):
         ops.attention(batch.step, batch.cache(), *tensors.values())
-
-
-# ---- ahead-of-time compilation ------------------------------------------------------------
-COMPILE = """
-import pathlib, re, subprocess, sys
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from vllm_oscar.core.format import PageFormat
-from vllm_oscar.ops import triton as ops
-from vllm_oscar.ops.step import Cache, Step
-from vllm_oscar.ops.triton import decode as triton_decode, prefill as triton_prefill, store as triton_store
-
-class Driver:  # of a device that is not there
-    get_current_device = lambda self: 0
-    get_current_stream = lambda self, device: 0
-    get_current_target = lambda self: GPUTarget("cuda", int(sys.argv[1]), 32)
-
-class Compiled:
-    def __init__(self, kernel):
-        self.kernel = kernel
-    def __getitem__(self, grid):
-        def compile_only(*args, **options):
-            code = self.kernel.warmup(*args, grid=grid, **options).asm["cubin"]
-            pathlib.Path("kernel.cubin").write_bytes(code)
-            tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-            usage = subprocess.run([tool, "-res-usage", "kernel.cubin"], capture_output=True, text=True).stdout
-            registers, stack = re.search(r"REG:(\\d+) STACK:(\\d+)", usage).groups()
-            print(self.kernel.__name__, registers, stack)
-        return compile_only
-
-triton.runtime.driver.set_active(Driver())
-for module in (triton_decode, triton_prefill, triton_store):
-    for name in [name for name in vars(module) if name.endswith("_kernel")]:
-        setattr(module, name, Compiled(getattr(module, name)))
-fmt = PageFormat.preset(sys.argv[2], int(sys.argv[3]))
-for tokens, requests, longest in eval(sys.argv[4]):
-    query = torch.empty(tokens, 32, fmt.head_dim, dtype=getattr(torch, sys.argv[5]))
-    key = torch.empty(tokens, 8, fmt.head_dim, dtype=query.dtype)
-    pages = torch.empty(4, 8, fmt.page_bytes, dtype=torch.uint8)
-    table = torch.zeros(requests, 64, dtype=torch.int32)
-    lens = torch.zeros(requests + 1, dtype=torch.int32)
-    step = Step(lens, lens[1:], table, table, lens[1:], longest)
-    cache = Cache(pages, pages, 6, fmt, 0.1)
-    ops.attention(step, cache, query, key, key, query)
-    if len(sys.argv) > 6:
-        ops.store_pages(step, cache, key, key)
-        ops.write_ring(step, cache, key, key)
-"""
-
-
-def compile_for(tmp_path, *args):
-    """Registers and stack bytes of every kernel that the given call launches."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
-    environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), *sys.path])
-    command = [sys.executable, "-c", COMPILE, *map(str, args)]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return {name: (int(registers), int(stack)) for name, registers, stack in map(str.split, run.stdout.splitlines())}
-
-
-@pytest.mark.parametrize("arch", [80, 90])
-def test_decode_compiles_without_spills(arch, tmp_path):
-    usage = compile_for(tmp_path, arch, "oscar", 128, [(64, 64, 1)], "bfloat16")
-    assert set(usage) == {"rotate_query_kernel", "decode_kernel", "combine_kernel"}
-    assert all(stack == 0 for _, stack in usage.values()), usage
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("dim", SUPPORTED_HEAD_DIMS)
-@pytest.mark.parametrize("preset", PRESETS)
-def test_everything_compiles(preset, dim, arch, tmp_path):
-    usage = compile_for(tmp_path, arch, preset, dim, [(64, 64, 1), (1024, 2, 1000)], "float16", "store")
-    assert len(usage) == 6
-    if dim == 128:
-        assert usage["decode_kernel"][1] == 0, usage

@@ -7,6 +7,7 @@
 
 #include "decode.h"
 #include "dense_bf16.h"
+#include "dense_int8.h"
 
 namespace {
 
@@ -34,8 +35,7 @@ struct Request : oscar::StepTokens {
 class Attention {
  public:
   Attention(const OscarAttentionParams& params, const OscarCpuRun& run)
-      : a(params), how(run), step(a.step), cache(a.cache), s(cache.format), group(a.group),
-        head_bytes(s.dim * item_bytes(a.dtype)) {}
+      : a(params), how(run), step(a.step), cache(a.cache), s(cache.format), group(a.group) {}
 
   int32_t run() {
     if (!plan()) return 1;
@@ -64,8 +64,7 @@ class Attention {
   const OscarStep& step;
   const OscarCache& cache;
   const Shape s;
-  const int group;       // query heads per KV head
-  const int head_bytes;  // of a model token: a ring token is its key and its value
+  const int group;  // query heads per KV head
   Item* items_ = nullptr;
   float* partials_ = nullptr;
   int32_t* finished_ = nullptr;
@@ -178,7 +177,6 @@ class Attention {
     }
   }
 
-  template <int BITS>
   void decode(const Item& item, const Request& q, DecodeState& d) const {
     const uint8_t* pages[kSplitPages + kGroupPages];
     const int count = item.page1 - item.page0;
@@ -191,8 +189,8 @@ class Attention {
         pages[total++] = page(items_[j], i);
     for (int i = 0; i < count; i += kGroupPages) {
       const int n = min_of(kGroupPages, count - i), begin = item.page0 + i;
-      decode_pages<BITS>(d, s, pages + i, n, begin == 0, min_of(n * kPage, q.ring_start - begin * kPage), pages + i + n,
-                         min_of(kGroupPages, total - i - n));
+      decode_pages(d, s, pages + i, n, begin == 0, min_of(n * kPage, q.ring_start - begin * kPage), pages + i + n,
+                   min_of(kGroupPages, total - i - n));
     }
   }
 
@@ -206,52 +204,39 @@ class Attention {
     load_queries(item, q, cache.scale * kLog2e, plain);
     rotate(plain, how.hadamard, s.dim, item.rows, rotated);
     begin_decode(d, s, rotated);
-    if (cache.format.key_bits == 2) decode<2>(item, q, d);
-    else if (cache.format.key_bits == 3) decode<3>(item, q, d);
-    else decode<4>(item, q, d);
+    decode(item, q, d);
     end_decode(d, s, rotated);
     put_partial(item, rotated, d.maximum, d.total);
   }
 
   // Tiles of the ring and in-flight tokens that the rows of `item` may see.
-  template <class Attend>  // Attend(keys, values, count, visible), the first two by token
+  template <class Attend>  // Attend(tile, visible)
   void attend_exact(const Item& item, const Request& q, Attend attend) const {
-    const int32_t* ring = oscar::ring_row(step, item.request);
-    const int held = q.context - q.ring_start, per_page = cache.format.ring_tokens;
-    const int end = held + (item.row0 + item.rows - 1) / group + 1;
-    for (int begin = 0; begin < end; begin += kTile) {
-      const int count = min_of(kTile, end - begin);
-      const void *key[kTile], *value[kTile];
-      const uint8_t* at = nullptr;
-      int left = 0;  // tokens that follow each other in a page of the ring
-      for (int i = 0; i < count; i++) {
-        const int index = begin + i;
-        if (index < held) {
-          if (--left > 0) {
-            at += 2 * head_bytes;
-          } else {
-            const int position = q.ring_start + index;
-            at = oscar::ring_token(cache, ring, item.head, position, per_page, 2 * head_bytes);
-            left = per_page - position % per_page;
-          }
-          key[i] = at;
-          value[i] = at + head_bytes;
-        } else {
-          const int token = q.begin + index - held;
-          key[i] = oscar::token_address(a.key, token, item.head);
-          value[i] = oscar::token_address(a.value, token, item.head);
-        }
+    const RingReader ring(cache, oscar::ring_row(step, item.request), item.head, a.dtype);
+    const int held = q.context - q.ring_start, end = held + (item.row0 + item.rows - 1) / group + 1;
+    TokenTile tile;
+    for (int begin = 0; begin < end; begin += tile.count) {
+      const int from_ring = max_of(0, min_of(kTile, held - begin));
+      const bool alone = from_ring && ring.dtype != a.dtype;  // a tile has tokens of one type
+      tile.dtype = alone ? ring.dtype : a.dtype;
+      tile.count = alone ? from_ring : min_of(kTile, end - begin);
+      ring.read(q.ring_start + begin, from_ring, tile);
+      for (int i = from_ring; i < tile.count; i++) {
+        const int token = q.begin + begin + i - held;
+        tile.key[i] = oscar::token_address(a.key, token, item.head);
+        tile.value[i] = oscar::token_address(a.value, token, item.head);
       }
-      attend(key, value, count, [&](int row) { return min_of(count, held + (item.row0 + row) / group + 1 - begin); });
+      attend(tile, [&](int row) { return min_of(tile.count, held + (item.row0 + row) / group + 1 - begin); });
     }
   }
 
   // The same for few rows, which read the tokens where they are.
-  void attend_in_place(const Item& item, const Request& q, const DenseState& d) const {
+  void attend_few(const Item& item, const Request& q, const DenseState& d) const {
     float* query = thread_scratch.take<float>(item.rows * s.dim);
     load_queries(item, q, cache.scale * kLog2e, query);
-    attend_exact(item, q, [&](const void* const* keys, const void* const* values, int count, auto visible) {
-      token_tile(d, s, a.dtype, query, keys, values, count, visible);
+    attend_exact(item, q, [&](const TokenTile& tile, auto visible) {
+      if (tile.dtype == kInt8) attend_int8(d, s, query, tile, visible);
+      else attend_in_place(d, s, query, tile, visible);
     });
   }
 
@@ -259,19 +244,24 @@ class Attention {
     const Request q(step, item.request);
     DenseState d = take_dense(thread_scratch, s, item.rows);
     begin_dense(d, s);
-    attend_in_place(item, q, d);
+    attend_few(item, q, d);
     put_partial(item, d.output, d.maximum, d.total);
   }
 
-  template <int BITS, class Tiles>
+  template <class Tiles>
   void dense_pages(const Item& item, const Request& q, Tiles& tiles) const {
     I* planes = thread_scratch.take<I>(4 * s.words);
     float* keys = thread_scratch.take<float>(kTile * s.dim);
     float* values = thread_scratch.take<float>(kTile * s.dim);
     for (int i = 0; i < q.pages; i++) {
       const int count = min_of(kPage, q.ring_start - i * kPage);
-      const TokenParams params(page(item, i), s, count);
-      dequantize_page<BITS, Tiles::kWholePages>(page(item, i), s, i == 0, count, params, planes, keys, values);
+      const TokenParams params(page(item, i), s, i == 0, count);
+      with_bits(cache.format.key_bits, [&](auto bits) {
+        dequantize_keys<bits, Tiles::kWholePages>(page(item, i), s, i == 0, count, params, planes, keys);
+      });
+      with_bits(cache.format.value_bits, [&](auto bits) {
+        dequantize_values<bits, Tiles::kWholePages>(page(item, i), s, params, values);
+      });
       tiles.page(keys, values, params, count);
     }
   }
@@ -285,16 +275,12 @@ class Attention {
       float* rotated = thread_scratch.take<float>(item.rows * s.dim);
       rotate(query, how.hadamard, s.dim, item.rows, rotated);
       tiles.set_rotated_query(rotated);
-      if (cache.format.key_bits == 2) dense_pages<2>(item, q, tiles);
-      else if (cache.format.key_bits == 3) dense_pages<3>(item, q, tiles);
-      else dense_pages<4>(item, q, tiles);
+      dense_pages(item, q, tiles);
       rotate(d.output, how.hadamard_t, s.dim, item.rows, rotated);
       memcpy(d.output, rotated, 4 * item.rows * s.dim);
     }
     tiles.set_query(query);
-    attend_exact(item, q, [&](const void* const* keys, const void* const* values, int count, auto visible) {
-      tiles.tokens(keys, values, count, visible);
-    });
+    attend_exact(item, q, [&](const TokenTile& tile, auto visible) { tiles.tokens(tile, visible); });
   }
 
   // Many rows, or no pages.
@@ -302,10 +288,10 @@ class Attention {
     const Request q(step, item.request);
     const DenseState d = take_dense(thread_scratch, s, item.rows);
     begin_dense(d, s);
-    if (!q.pages && item.rows <= kMaxRows) attend_in_place(item, q, d);
+    if (!q.pages && item.rows <= kMaxRows) attend_few(item, q, d);
     else if (const MultiplyBf16 multiply = multiply_of(q.pages))
       attend_staged(item, q, d, Bf16Tiles(thread_scratch, s, d, cache.scale * kLog2e, multiply));
-    else attend_staged(item, q, d, Fp32Tiles(thread_scratch, s, d, a.dtype));
+    else attend_staged(item, q, d, Fp32Tiles(thread_scratch, s, d));
     for (int row = 0; row < item.rows; row++) finish(item, row, d.output + row * s.dim, d.total[row]);
   }
 

@@ -17,6 +17,19 @@ namespace {
 // Registers hold row tile x (two or four) accumulators.
 constexpr int kRowTile = kParts == 1 ? 4 : 2;
 constexpr int kMaxRows = 16;
+
+// work(row, std::integral_constant<int, n>()) for n rows from `row` on, until all have had their turn.
+template <class Work>
+inline void by_rows(int rows, Work work) {
+  int row = 0;
+  for (; row + kRowTile <= rows; row += kRowTile) work(row, std::integral_constant<int, kRowTile>());
+  switch (rows - row) {
+    case 3: return work(row, std::integral_constant<int, 3>());
+    case 2: return work(row, std::integral_constant<int, 2>());
+    case 1: return work(row, std::integral_constant<int, 1>());
+  }
+}
+
 // Pages whose probabilities are rounded together, so that sums in integers run over all of them.
 constexpr int kGroupPages = 2;
 constexpr int kGroupTokens = kGroupPages * kPage;
@@ -55,6 +68,9 @@ struct DecodeState {
   float* output;          // [row][chunk][g][j0][16]: lanes 4 * tile + t, summed over t at the end
   float *maximum, *total;  // [row]
   float* zeros;           // [row][value group]: sum of p * zero
+  float* first;           // [row][value group]: p * scale of the first token
+  float* first_value;     // [channel]
+  bool has_first;         // the two above were set
   float* factor;          // [row][value group]: of probs
   float* decay;           // [row]: factor of what was summed up before this page
   Prefetch prefetch;
@@ -66,7 +82,7 @@ inline size_t decode_bytes(const Shape& s, int rows) {
   const auto pad = Scratch::padded;
   return 2 * pad(16 * rows * s.quads) + pad(4 * rows * kGroupTokens) +
          pad(4 * rows * s.value_groups * kGroupTokens / 2) + pad(64 * s.words * 4) + pad(4 * rows * s.spread()) +
-         3 * pad(4 * rows) + 2 * pad(4 * rows * s.value_groups);
+         3 * pad(4 * rows) + 3 * pad(4 * rows * s.value_groups) + pad(4 * s.dim);
 }
 
 inline DecodeState take_decode(Scratch& scratch, const Shape& s, int rows) {
@@ -82,6 +98,8 @@ inline DecodeState take_decode(Scratch& scratch, const Shape& s, int rows) {
   d.total = scratch.take<float>(rows);
   d.decay = scratch.take<float>(rows);
   d.zeros = scratch.take<float>(rows * s.value_groups);
+  d.first = scratch.take<float>(rows * s.value_groups);
+  d.first_value = scratch.take<float>(s.dim);
   d.factor = scratch.take<float>(rows * s.value_groups);
   return d;
 }
@@ -93,6 +111,7 @@ inline void begin_decode(DecodeState& d, const Shape& s, const float* rotated) {
     for (int c = 0; c < s.dim; c++) d.query[row * 4 * s.quads + s.place[c]] = rotated[row * s.dim + c];
   memset(d.output, 0, 4 * d.rows * s.spread());
   memset(d.zeros, 0, 4 * d.rows * s.value_groups);
+  d.has_first = false;
   for (int row = 0; row < d.rows; row++) d.maximum[row] = -__builtin_inff(), d.total[row] = 0;
 }
 
@@ -106,10 +125,7 @@ struct KeyGroup {
 inline void load_key_group(KeyGroup& group, const uint8_t* page, const Shape& s, int index, float middle) {
   if (group.index == index) return;
   group.index = index;
-  const int bytes = s.format.key_param_bytes;
-  const uint8_t* p = page + s.format.k_params + index * 2 * s.dim * bytes;
-  load_quads(p, bytes, s, group.scale);
-  load_quads(p + s.dim * bytes, bytes, s, group.centre);
+  load_key_params(page, s, index, group.scale, group.centre);
   for (int i = 0; i < 4 * s.quads; i += 16)
     store(group.centre.v + i, fma(load_f(group.scale.v + i), set_f(middle), load_f(group.centre.v + i)));
 }
@@ -211,21 +227,16 @@ inline void dot_keys(DecodeState& d, const Shape& s, int row0, int pair, const f
 template <int BITS, bool TWO>
 inline void pair_logits(DecodeState& d, const Shape& s, int pair, const float* const (&factor)[2],
                         const float* const (&offset)[2], const float* norms, float* logits) {
-  int row = 0;
-  for (; row + kRowTile <= d.rows; row += kRowTile)
-    dot_keys<BITS, TWO, kRowTile>(d, s, row, pair, factor, offset, norms, logits);
-  switch (d.rows - row) {
-    case 3: dot_keys<BITS, TWO, 3>(d, s, row, pair, factor, offset, norms, logits); break;
-    case 2: dot_keys<BITS, TWO, 2>(d, s, row, pair, factor, offset, norms, logits); break;
-    case 1: dot_keys<BITS, TWO, 1>(d, s, row, pair, factor, offset, norms, logits); break;
-  }
+  by_rows(d.rows, [&](int row, auto rows) {
+    dot_keys<BITS, TWO, rows>(d, s, row, pair, factor, offset, norms, logits);
+  });
 }
 
 template <int BITS>
 inline void page_logits(DecodeState& d, const Shape& s, const uint8_t* page, bool first, float* logits) {
   alignas(64) float norms[kPage];
   load_norms(page, s, norms);
-  constexpr float middle = ((1 << BITS) - 1) / 2.0f;
+  constexpr float middle = middle_code(BITS);
   alignas(64) float factor[2][kMaxRows], offset[2][kMaxRows];
   KeyGroup groups[2];
   turn_keys<BITS>(page, s, d.planes);
@@ -241,9 +252,9 @@ inline void page_logits(DecodeState& d, const Shape& s, const uint8_t* page, boo
     if (last) pair_logits<BITS, true>(d, s, pair, factors, offsets, norms, logits);
     else pair_logits<BITS, false>(d, s, pair, factors, offsets, norms, logits);
   }
-  if (first && s.format.exact_first_key) {
+  if (first && s.format.first_token) {
     Quads key;
-    load_quads(page + s.format.k_params + 2 * s.dim * s.format.key_param_bytes, 2, s, key);
+    load_quads(page + s.format.first_key, Numbers::kInt8, s, key);
     for (int row = 0; row < d.rows; row++) {
       F dot = zero_f();
       for (int i = 0; i < 4 * s.quads; i += 16)
@@ -295,15 +306,29 @@ inline void softmax(const DecodeState& d, int count, int padded) {
 }
 
 // ---- values ------------------------------------------------------------------------------------------
-inline void round_probabilities(const DecodeState& d, const Shape& s, const uint8_t* const* pages, int count,
-                                int padded) {
+// first: the first of the pages has a first token in 8 bits. It is left out here, but for its zero.
+inline void round_probabilities(DecodeState& d, const Shape& s, const uint8_t* const* pages, int count, int padded,
+                                bool first) {
+  const float middle = middle_code(s.format.value_bits);
   alignas(64) float scale[kMaxValueGroups * kGroupTokens], zero[kMaxValueGroups * kGroupTokens];
   for (int i = 0; i < padded; i += kPage) load_value_params(pages[i / kPage], s, kGroupTokens, scale + i, zero + i);
+  if (d.has_first)
+    for (int row = 0; row < d.rows; row++)
+      for (int group = 0; group < s.value_groups; group++) d.first[row * s.value_groups + group] *= d.decay[row];
+  if (first) {
+    d.has_first = true;
+    load_first_value(pages[0], s, d.first_value);
+    for (int group = 0; group < s.value_groups; group++) {
+      float& vs = scale[group * kGroupTokens];
+      for (int row = 0; row < d.rows; row++) d.first[row * s.value_groups + group] = d.logits[row * kGroupTokens] * vs;
+      vs = 0;
+    }
+  }
   for (int group = 0; group < s.value_groups; group++) {
     float *vs = scale + group * kGroupTokens, *vz = zero + group * kGroupTokens;
     for (int i = count; i < padded; i++) vs[i] = vz[i] = 0;  // may be NaN, and 0 * NaN is NaN
     for (int i = 0; i < padded; i += 16)                     // now the value of the middle code
-      store(vz + i, fma(load_f(vs + i), set_f(1.5f), load_f(vz + i)));
+      store(vz + i, fma(load_f(vs + i), set_f(middle), load_f(vz + i)));
   }
   for (int group = 0; group < s.value_groups; group++) {
     const float *vs = scale + group * kGroupTokens, *vz = zero + group * kGroupTokens;
@@ -345,16 +370,18 @@ inline void round_probabilities(const DecodeState& d, const Shape& s, const uint
     for (int row = 0; row < d.rows; row++) {
       const int slot = row * s.value_groups + group;
       d.factor[slot] = top[row] / kLargest;
-      d.zeros[slot] = d.zeros[slot] * d.decay[row] + zeros_sum[row] - d.factor[slot] * 1.5f * sum[row];
+      d.zeros[slot] = d.zeros[slot] * d.decay[row] + zeros_sum[row] - d.factor[slot] * middle * sum[row];
     }
   }
 }
 
 // TWO: tiles 2 and 3 of a chunk have a value group of their own.
-template <int ROWS, bool TWO>
+template <int BITS, bool TWO, int ROWS>
 inline void dot_values(DecodeState& d, const Shape& s, const uint8_t* const* pages, int count, int row0, int chunk) {
   const int width = s.width(chunk);
   const int block_bytes = 32 * s.tiles * 4;
+  constexpr int kBlocks = BITS == 3 ? 2 : 4;  // that follow each other; two share upper bits of 3-bit codes
+  const int64_t upper_bytes = s.format.v_high - s.format.v_codes;  // of 4-bit codes: on from the lower bits
   const int group = 64 * chunk / s.format.value_group, group_stride = TWO ? d.probs_group() : 0;
   const int32_t* probs = d.probs + group * d.probs_group() + row0 * 16;
   F factor[ROWS], decay[ROWS];
@@ -374,19 +401,26 @@ inline void dot_values(DecodeState& d, const Shape& s, const uint8_t* const* pag
     // Not unrolled: one pointer and fixed distances are all that the registers left over can hold.
     const int32_t* p = probs;
     for (int page = 0; page < count; page++) {
-      const uint8_t* row_of_codes = pages[page] + s.format.v_codes + chunk * 512 + g * 16 * width;
-      _Pragma("GCC unroll 1") for (int block = 0; block < 4; block++, p += 16 * d.rows, row_of_codes += block_bytes) {
-        const I w = transpose_quarters(load_row(row_of_codes, width));
-        const I mask = set_i(0x03030303);
-        const I codes[2][2] = {{w & mask, shift_right<2>(w) & mask},
-                               {shift_right<4>(w) & mask, shift_right<6>(w) & mask}};
-        _Pragma("GCC unroll 8") for (int row = 0; row < ROWS; row++)
-          _Pragma("GCC unroll 2") for (int j1 = 0; j1 < 2; j1++) {
-            const int32_t* q = p + 16 * row + 8 * j1;
-            const I first = repeat_quarters(q, q + group_stride), second = repeat_quarters(q + 4, q + 4 + group_stride);
-            dot(sums[row][0], codes[j1][0], first, second);
-            dot(sums[row][1], codes[j1][1], first, second);
-          }
+      const int64_t row_of_codes = chunk * 512 + g * 16 * width;
+      const uint8_t* low = pages[page] + s.format.v_codes + row_of_codes;
+      const uint8_t* upper = pages[page] + s.format.v_high + row_of_codes;
+      _Pragma("GCC unroll 2") for (int i = 0; i < 4 / kBlocks; i++) {
+        I high = zero_i();
+        if (BITS == 3) high = transpose_quarters(load_row(upper + i * block_bytes, width));
+        _Pragma("GCC unroll 1") for (int block = 0; block < kBlocks; block++, p += 16 * d.rows, low += block_bytes) {
+          if (BITS == 4) high = transpose_quarters(load_row(low + upper_bytes, width));
+          I codes[2][2];
+          join_planes<BITS>(transpose_quarters(load_row(low, width)), high, rotate_right<2>(high), codes);
+          if (BITS == 3) high = rotate_right<1>(high);
+          _Pragma("GCC unroll 8") for (int row = 0; row < ROWS; row++)
+            _Pragma("GCC unroll 2") for (int j1 = 0; j1 < 2; j1++) {
+              const int32_t* q = p + 16 * row + 8 * j1;
+              const I first = repeat_quarters(q, q + group_stride);
+              const I second = repeat_quarters(q + 4, q + 4 + group_stride);
+              dot(sums[row][0], codes[j1][0], first, second);
+              dot(sums[row][1], codes[j1][1], first, second);
+            }
+        }
       }
     }
     for (int row = 0; row < ROWS; row++)
@@ -397,33 +431,29 @@ inline void dot_values(DecodeState& d, const Shape& s, const uint8_t* const* pag
   }
 }
 
-template <bool TWO>
+template <int BITS, bool TWO>
 inline void chunk_values(DecodeState& d, const Shape& s, const uint8_t* const* pages, int count, int chunk) {
-  int row = 0;
-  for (; row + kRowTile <= d.rows; row += kRowTile) dot_values<kRowTile, TWO>(d, s, pages, count, row, chunk);
-  switch (d.rows - row) {
-    case 3: dot_values<3, TWO>(d, s, pages, count, row, chunk); break;
-    case 2: dot_values<2, TWO>(d, s, pages, count, row, chunk); break;
-    case 1: dot_values<1, TWO>(d, s, pages, count, row, chunk); break;
-  }
+  by_rows(d.rows, [&](int row, auto rows) { dot_values<BITS, TWO, rows>(d, s, pages, count, row, chunk); });
 }
 
-inline void values(DecodeState& d, const Shape& s, const uint8_t* const* pages, int count) {
+template <int BITS>
+inline void page_values(DecodeState& d, const Shape& s, const uint8_t* const* pages, int count) {
   for (int chunk = 0; chunk < s.chunks; chunk++) {
-    if (s.format.value_group == 32 && s.width(chunk) > 2) chunk_values<true>(d, s, pages, count, chunk);
-    else chunk_values<false>(d, s, pages, count, chunk);
+    if (s.format.value_group == 32 && s.width(chunk) > 2) chunk_values<BITS, true>(d, s, pages, count, chunk);
+    else chunk_values<BITS, false>(d, s, pages, count, chunk);
   }
 }
 
 // A group of pages for all rows; `tokens` leading tokens are read. `next`: pages to come.
-template <int BITS>
 inline void decode_pages(DecodeState& d, const Shape& s, const uint8_t* const* pages, int count, bool first, int tokens,
                          const uint8_t* const* next, int next_count) {
   d.prefetch.begin(next, next_count, s.format.page_bytes, 8 * s.chunks + 2 * s.words * count);
-  for (int i = 0; i < count; i++) page_logits<BITS>(d, s, pages[i], first && i == 0, d.logits + i * kPage);
+  with_bits(s.format.key_bits, [&](auto bits) {
+    for (int i = 0; i < count; i++) page_logits<bits>(d, s, pages[i], first && i == 0, d.logits + i * kPage);
+  });
   softmax(d, tokens, count * kPage);
-  round_probabilities(d, s, pages, tokens, count * kPage);
-  values(d, s, pages, count);
+  round_probabilities(d, s, pages, tokens, count * kPage, first && s.format.first_token);
+  with_bits(s.format.value_bits, [&](auto bits) { page_values<bits>(d, s, pages, count); });
 }
 
 // Rotated output [row][dim], not normalised.
@@ -437,8 +467,10 @@ inline void end_decode(const DecodeState& d, const Shape& s, float* out) {
         const int channel = 16 * (4 * chunk + i);
         const I* t = lanes + 4 * i;
         const F sum = as_float(t[0]) + as_float(t[1]) + (as_float(t[2]) + as_float(t[3]));
-        const F zero = set_f(d.zeros[row * s.value_groups + channel / s.format.value_group]);
-        store(out + row * s.dim + channel, even_then_odd(sum) + zero);
+        const int slot = row * s.value_groups + channel / s.format.value_group;
+        F all = even_then_odd(sum) + set_f(d.zeros[slot]);
+        if (d.has_first) all = fma(set_f(d.first[slot]), load_f(d.first_value + channel), all);
+        store(out + row * s.dim + channel, all);
       }
     }
 }

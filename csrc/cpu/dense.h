@@ -4,10 +4,10 @@
 #pragma once
 
 #include "page.h"
+#include "tokens.h"
 
 namespace {
 
-constexpr int kTile = 128;  // tokens
 constexpr float kLog2e = 1.44269504088896341f;
 
 // ---- C[m][n] = A[m][k] B[k][n] (+ C); n is a multiple of 16 ---------------------------------------
@@ -82,45 +82,25 @@ inline void rotate(const float* in, const float* matrix, int dim, int rows, floa
   multiply(in, dim, matrix, dim, out, dim, rows, dim, dim, false);
 }
 
-// ---- model tokens -------------------------------------------------------------------------------------
-OSCAR_INLINE F load_model(const void* p, int dtype) {
-  if (dtype == OSCAR_BF16) return load_bf16(static_cast<const uint16_t*>(p));
-  if (dtype == OSCAR_FP16) return load_fp16(static_cast<const uint16_t*>(p));
-  return load_f(p);
-}
-inline int item_bytes(int dtype) { return dtype == OSCAR_FP32 ? 4 : 2; }
-
-inline void load_token(const void* p, int dtype, int dim, float* out) {
-  const char* bytes = static_cast<const char*>(p);
-  for (int i = 0; i < dim; i += 16) store(out + i, load_model(bytes + i * item_bytes(dtype), dtype));
-}
-
-inline void store_token(const float* x, int dtype, int dim, void* p) {
-  if (dtype == OSCAR_FP32) {
-    memcpy(p, x, 4 * dim);
-  } else if (dtype == OSCAR_BF16) {
-    for (int i = 0; i < dim; i++) static_cast<uint16_t*>(p)[i] = to_bf16(x[i]);
-  } else {
-    for (int i = 0; i < dim; i++) static_cast<uint16_t*>(p)[i] = to_fp16(x[i]);
-  }
-}
-
-// Keys of `count` tokens to [dim][kTile]; tokens up to a multiple of 16 become zero.
-inline void stage_keys(const void* const* tokens, int count, int dtype, int dim, float* keys) {
-  for (int t = 0; t < count; t += 16)
+// ---- tokens ----------------------------------------------------------------------------------------------
+// Keys without their scales to [dim][kTile]; tokens up to a multiple of 16 become zero.
+inline void stage_keys(const TokenTile& tile, int dim, float* keys) {
+  for (int t = 0; t < tile.count; t += 16)
     for (int c = 0; c < dim; c += 16) {
       I rows[16];
-      for (int i = 0; i < 16; i++)
-        rows[i] = t + i < count
-                      ? bits(load_model(static_cast<const char*>(tokens[t + i]) + c * item_bytes(dtype), dtype))
-                      : zero_i();
+      for (int i = 0; i < 16; i++) {
+        rows[i] = zero_i();
+        if (t + i >= tile.count) continue;
+        const char* key = static_cast<const char*>(tile.key[t + i]);
+        rows[i] = bits(load_model(key + c * item_bytes(tile.dtype), tile.dtype));
+      }
       transpose16(rows);
       for (int i = 0; i < 16; i++) store(keys + (c + i) * kTile + t, rows[i]);
     }
 }
 
-inline void stage_values(const void* const* tokens, int count, int dtype, int dim, float* values) {
-  for (int t = 0; t < count; t++) load_token(tokens[t], dtype, dim, values + t * dim);
+inline void stage_values(const TokenTile& tile, int dim, float* values) {
+  for (int t = 0; t < tile.count; t++) load_token(tile.value[t], tile.dtype, dim, values + t * dim);
 }
 
 // ---- running softmax ------------------------------------------------------------------------------------
@@ -195,6 +175,29 @@ inline void soften(const DenseState& d, const Shape& s, int count, Visible visib
   }
 }
 
+// The same of tokens, whose scales go to the scores of keys and to the probabilities of values. factor: of logits.
+template <class Visible>
+inline void soften_tokens(const DenseState& d, const Shape& s, const TokenTile& tile, float factor, Visible visible) {
+  if (tile.dtype != kInt8) return soften(d, s, tile.count, visible, [&](F x, int) { return x * set_f(factor); });
+  soften(d, s, tile.count, visible, [&](F x, int i) { return x * (load_f(tile.key_scale + i) * set_f(factor)); });
+  for (int row = 0; row < d.rows; row++)
+    for (int i = 0; i < tile.count; i += 16) {
+      float* p = d.scores + row * kTile + i;
+      store(p, load_f(p) * load_f(tile.value_scale + i));
+    }
+}
+
+// What dequantized values lack of a page's first token.
+inline void add_first_value(const DenseState& d, const Shape& s, const TokenParams& params) {
+  if (!params.has_first) return;
+  for (int row = 0; row < d.rows; row++)
+    for (int c = 0; c < s.dim; c += 16) {
+      const float weight = d.scores[row * kTile] * params.v_scale[c / s.format.value_group * kPage];
+      float* out = d.output + row * s.dim + c;
+      store(out, fma(set_f(weight), load_f(params.first_value + c), load_f(out)));
+    }
+}
+
 // Tiles of tokens for many rows, with fp32 operands.
 class Fp32Tiles {
  public:
@@ -202,38 +205,40 @@ class Fp32Tiles {
 
   static size_t bytes(const Shape& s) { return 2 * Scratch::padded(4 * kTile * s.dim); }
 
-  Fp32Tiles(Scratch& scratch, const Shape& shape, const DenseState& state, int dtype)
-      : s(shape), d(state), dtype_(dtype), keys_(scratch.take<float>(kTile * s.dim)),
-        values_(scratch.take<float>(kTile * s.dim)) {}
+  Fp32Tiles(Scratch& scratch, const Shape& shape, const DenseState& state)
+      : s(shape), d(state), keys_(scratch.take<float>(kTile * s.dim)), values_(scratch.take<float>(kTile * s.dim)) {}
 
   // [row][dim], scaled, for the pages or the tokens that follow.
   void set_rotated_query(const float* query) { query_ = query; }
   void set_query(const float* query) { query_ = query; }
 
   // A dequantized page, [dim][kTile] and [kTile][dim].
-  void page(const float* keys, const float* values, const TokenParams&, int count) const {
-    attend(keys, values, count, [&](int) { return count; });
+  void page(const float* keys, const float* values, const TokenParams& params, int count) const {
+    multiply_keys(keys, count);
+    soften(d, s, count, [&](int) { return count; }, ScoresAreLogits());
+    multiply_values(values, count);
+    add_first_value(d, s, params);
   }
 
-  // Tokens of the model, wherever they are.
   template <class Visible>
-  void tokens(const void* const* keys, const void* const* values, int count, Visible visible) const {
-    stage_keys(keys, count, dtype_, s.dim, keys_);
-    stage_values(values, count, dtype_, s.dim, values_);
-    attend(keys_, values_, count, visible);
+  void tokens(const TokenTile& tile, Visible visible) const {
+    stage_keys(tile, s.dim, keys_);
+    stage_values(tile, s.dim, values_);
+    multiply_keys(keys_, tile.count);
+    soften_tokens(d, s, tile, 1.0f, visible);
+    multiply_values(values_, tile.count);
   }
 
  private:
-  template <class Visible>
-  void attend(const float* keys, const float* values, int count, Visible visible) const {
+  void multiply_keys(const float* keys, int count) const {
     multiply(query_, s.dim, keys, kTile, d.scores, kTile, d.rows, (count + 15) / 16 * 16, s.dim, false);
-    soften(d, s, count, visible, ScoresAreLogits());
+  }
+  void multiply_values(const float* values, int count) const {
     multiply(d.scores, kTile, values, s.dim, d.output, s.dim, d.rows, s.dim, count, true);
   }
 
   const Shape& s;
   const DenseState& d;
-  const int dtype_;
   float *keys_, *values_;
   const float* query_ = nullptr;
 };
@@ -316,14 +321,14 @@ inline void token_products(const DenseState& d, int dim, const float* query, con
 }
 
 template <class Visible>
-inline void token_tile(const DenseState& d, const Shape& s, int dtype, const float* query, const void* const* keys,
-                       const void* const* values, int count, Visible visible) {
-  const auto product = dtype == OSCAR_BF16   ? token_products<OSCAR_BF16>
-                       : dtype == OSCAR_FP16 ? token_products<OSCAR_FP16>
-                                             : token_products<OSCAR_FP32>;
-  product(d, s.dim, query, keys, values, count);
-  soften(d, s, count, visible, ScoresAreLogits());
-  product(d, s.dim, nullptr, keys, values, count);
+inline void attend_in_place(const DenseState& d, const Shape& s, const float* query, const TokenTile& tile,
+                       Visible visible) {
+  const auto product = tile.dtype == OSCAR_BF16   ? token_products<OSCAR_BF16>
+                       : tile.dtype == OSCAR_FP16 ? token_products<OSCAR_FP16>
+                                                  : token_products<OSCAR_FP32>;
+  product(d, s.dim, query, tile.key, tile.value, tile.count);
+  soften(d, s, tile.count, visible, ScoresAreLogits());
+  product(d, s.dim, nullptr, tile.key, tile.value, tile.count);
 }
 
 }  // namespace

@@ -2,11 +2,11 @@
 // Attention of many rows over a tile of tokens, with bf16 operands and fp32 sums: dense.h for models
 // in bf16 on machines that multiply bf16 faster.
 //
-// Probabilities are rounded, and little else. Queries, keys and values of the model are bf16 already. Of a
-// page, value codes around zero are bf16 numbers, and so, nearly always, are keys without their norms (a few
-// bits of code times an e4m3 scale, plus an e4m3 zero); the exact first key, fp16, is rounded. Norms, value
-// scales and zeros are applied to scores and probabilities in fp32, and rotated queries are the sum of two
-// bf16 numbers.
+// Probabilities are rounded, and little else. Queries, keys and values of the model are bf16 already, and so
+// are the bytes of an int8 ring. Of a page, value codes around zero are bf16 numbers, and so, nearly always, are
+// keys without their norms (a few bits of code times an e4m3 scale, plus an e4m3 zero; 8 bits of the first).
+// Norms, scales and zeros are applied to scores and probabilities in fp32, and rotated queries are the sum of
+// two bf16 numbers.
 #pragma once
 
 #include "dense.h"
@@ -84,6 +84,7 @@ class Bf16Tiles {
     add_scores(rest_, count, true);
     soften(d, s, count, [&](int) { return count; },
            [&](F x, int i) { return x * (load_f(params.norms + i) * set_f(scale_)); });
+    add_first_value(d, s, params);  // in fp32: its bytes less the middle code would be no bf16 numbers
     for (int group = 0; group < s.value_groups; group++) {
       const float *scale = params.v_scale + group * kPage, *zero = params.v_zero + group * kPage;
       const int begin = group * s.format.value_group, channels = min_of(s.format.value_group, s.dim - begin);
@@ -93,25 +94,38 @@ class Bf16Tiles {
   }
 
   template <class Visible>
-  void tokens(const void* const* keys, const void* const* values, int count, Visible visible) const {
-    const auto at = [](const void* token, int c) { return static_cast<const uint16_t*>(token) + c; };
-    for (int t = 0; t < count; t += 16)
+  void tokens(const TokenTile& tile, Visible visible) const {
+    const int bytes = item_bytes(tile.dtype);
+    const auto at = [&](const void* token, int c) { return static_cast<const char*>(token) + c * bytes; };
+    for (int t = 0; t < tile.count; t += 16)
       for (int c = 0; c < depth_; c += 32) {
         I rows[16];
-        for (int i = 0; i < 16; i++) {
-          rows[i] = zero_i();
-          if (t + i < count) memcpy(&rows[i], at(keys[t + i], c), 2 * min_of(32, s.dim - c));
-        }
+        for (int i = 0; i < 16; i++)
+          rows[i] = t + i < tile.count ? load_pairs(at(tile.key[t + i], c), tile.dtype, s.dim - c) : zero_i();
         transpose16(rows);
         for (int i = 0; i < 16; i++) store(keys_ + (c / 2 + i) * kTile + t, rows[i]);
       }
-    pair_rows(count, s.dim, values_, [&](int k, int c) { return load_bf16(at(values[k], c)); });
-    add_scores(query_, count, false);
-    soften(d, s, count, visible, [&](F x, int) { return x * set_f(scale_); });
-    add_values(count, 0, s.dim, [](F p, int) { return p; });
+    pair_rows(tile.count, s.dim, values_, [&](int k, int c) { return load_model(at(tile.value[k], c), tile.dtype); });
+    add_scores(query_, tile.count, false);
+    soften_tokens(d, s, tile, scale_, visible);
+    add_values(tile.count, 0, s.dim, [](F p, int) { return p; });
   }
 
  private:
+  // Up to 32 channels of a token, of which `left` are left, as bf16.
+  static I load_pairs(const void* p, int dtype, int left) {
+    I pairs = zero_i();
+    if (dtype == kInt8) {
+      alignas(64) uint16_t channels[32] = {};
+      for (int i = 0; i < min_of(32, left); i += 16)
+        narrow_u16(channels + i, shift_right<16>(bits(load_int8(static_cast<const int8_t*>(p) + i))));
+      pairs = load_i(channels);
+    } else {
+      memcpy(&pairs, p, 2 * min_of(32, left));
+    }
+    return pairs;
+  }
+
   void add_scores(const uint16_t* query, int count, bool add) const {
     multiply_(query, depth_, keys_, kTile, d.scores, kTile, d.rows, (count + 15) / 16 * 16, depth_, add);
   }
@@ -124,7 +138,7 @@ class Bf16Tiles {
               (count + 31) / 32 * 32, true);
   }
 
-  // Probabilities times what code kMiddleCode stands for in a group of channels. With codes around zero
+  // Probabilities times what the middle code stands for in a group of channels. With codes around zero
   // rounded probabilities err in proportion to the values, not to their distance from the smallest.
   void add_middles(const float* scale, const float* zero, int count, int begin,
                    int channels) const {
@@ -132,7 +146,7 @@ class Bf16Tiles {
       const float* p = d.scores + row * kTile;
       F sums = zero_f();
       for (int i = 0; i < count; i += 16) {
-        const F middle = fma(load_f(scale + i), set_f(kMiddleCode), load_f(zero + i));
+        const F middle = fma(load_f(scale + i), set_f(middle_code(s.format.value_bits)), load_f(zero + i));
         sums = fma(load_f(p + i), middle, sums);
       }
       const F all = set_f(sum(sums));

@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The C ABI: picks the instruction set, and the operation that is only copies.
-#include <cstring>
-
+// The C ABI: picks the instruction set.
 #include "multiply.h"
-#include "oscar/step.h"
 #include "oscar_cpu.h"
 
 extern "C" int32_t oscar_cpu_isas() {
@@ -21,6 +18,8 @@ extern "C" int32_t oscar_cpu_isas() {
 #endif
   return isas;
 }
+
+extern "C" int32_t oscar_cpu_format_version() { return OSCAR_FORMAT_VERSION; }
 
 extern "C" void oscar_cpu_sizes(int32_t sizes[3]) {
   sizes[0] = sizeof(OscarStoreParams);
@@ -46,20 +45,5 @@ extern "C" int32_t oscar_cpu_attention(const OscarAttentionParams* params, const
 }
 
 extern "C" int32_t oscar_cpu_write_ring(const OscarStoreParams* params, const OscarCpuRun* run) {
-  const OscarStep& step = params->step;
-  const OscarCache& cache = params->cache;
-  const int bytes = cache.format.head_dim * (params->dtype == OSCAR_FP32 ? 4 : 2);
-  const int per_page = cache.format.ring_tokens, capacity = per_page * cache.ring_pages;
-#pragma omp parallel for schedule(static) num_threads(run->threads) if (run->threads > 1 && step.requests > 8)
-  for (int r = 0; r < step.requests; r++) {
-    const oscar::StepTokens q(step, r);
-    for (int i = q.query_len > capacity ? q.query_len - capacity : 0; i < q.query_len; i++) {
-      uint8_t* to = oscar::ring_token(cache, oscar::ring_row(step, r), 0, q.context + i, per_page, 2 * bytes);
-      for (int head = 0; head < cache.kv_heads; head++, to += cache.ring_head) {
-        memcpy(to, oscar::token_address(params->key, q.begin + i, head), bytes);
-        memcpy(to + bytes, oscar::token_address(params->value, q.begin + i, head), bytes);
-      }
-    }
-  }
-  return 0;
+  return kernels(*run).write_ring(*params, *run);
 }

@@ -20,8 +20,12 @@ struct OscarCpuRun {
 
 // Instruction sets that both this build and this machine have, as bits 1 << OscarIsa.
 OSCAR_EXPORT int32_t oscar_cpu_isas();
-// sizeof of OscarStoreParams, OscarAttentionParams and OscarCpuRun, so that a library of another version can be refused.
+// sizeof of OscarStoreParams, OscarAttentionParams and OscarCpuRun, so that a library of another version can
+// be refused.
 OSCAR_EXPORT void oscar_cpu_sizes(int32_t sizes[3]);
+
+// OSCAR_FORMAT_VERSION: the library reads and writes pages of no other.
+OSCAR_EXPORT int32_t oscar_cpu_format_version();
 
 // 0, or 1 when memory for scratch is missing.
 OSCAR_EXPORT int32_t oscar_cpu_store_pages(const OscarStoreParams* params, const OscarCpuRun* run);
@@ -33,5 +37,6 @@ OSCAR_EXPORT int32_t oscar_cpu_write_ring(const OscarStoreParams* params, const 
 struct OscarKernels {
   int32_t (*store_pages)(const OscarStoreParams&, const OscarCpuRun&);
   int32_t (*attention)(const OscarAttentionParams&, const OscarCpuRun&);
+  int32_t (*write_ring)(const OscarStoreParams&, const OscarCpuRun&);
 };
 extern const OscarKernels oscar_kernels_portable, oscar_kernels_avx2, oscar_kernels_avx512;

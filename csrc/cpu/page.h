@@ -2,6 +2,8 @@
 // Reading a page (vllm_oscar/core/format.py): shape, parameters, code planes.
 #pragma once
 
+#include <type_traits>
+
 #include "oscar/step.h"
 #include "scratch.h"
 #include "simd.h"
@@ -48,7 +50,10 @@ struct Quads {
   alignas(64) float v[kMaxDim];
 };
 
-inline void load_quads(const uint8_t* p, int bytes, const Shape& s, Quads& out) {
+enum class Numbers { kE4m3, kFp16, kInt8 };
+
+inline void load_quads(const uint8_t* p, Numbers type, const Shape& s, Quads& out) {
+  const int bytes = type == Numbers::kFp16 ? 2 : 1;
   // A last part of a vector must not pick up what follows: it may be NaN.
   alignas(64) uint8_t padded[2 * kMaxDim];
   if (s.quads != s.words) {
@@ -58,10 +63,19 @@ inline void load_quads(const uint8_t* p, int bytes, const Shape& s, Quads& out) 
   }
   for (int i = 0; i < s.quads; i += 16) {
     F v[4];
-    if (bytes == 1) load_quads_e4m3(p + 4 * i, v);
+    if (type == Numbers::kE4m3) load_quads_e4m3(p + 4 * i, v);
+    else if (type == Numbers::kInt8) load_quads_int8(p + 4 * i, v);
     else load_quads_fp16(p + 8 * i, v);
     for (int m = 0; m < 4; m++) store(out.v + m * s.quads + i, v[m]);
   }
+}
+
+inline void load_key_params(const uint8_t* page, const Shape& s, int group, Quads& scale, Quads& zero) {
+  const int bytes = s.format.key_param_bytes;
+  const Numbers type = bytes == 1 ? Numbers::kE4m3 : Numbers::kFp16;
+  const uint8_t* p = page + s.format.k_params + group * 2 * s.dim * bytes;
+  load_quads(p, type, s, scale);
+  load_quads(p + s.dim * bytes, type, s, zero);
 }
 
 // ---- parameters of tokens, in token order -----------------------------------------------------
@@ -103,7 +117,42 @@ inline void load_value_params(const uint8_t* page, const Shape& s, int stride, f
 }
 
 inline int key_group_of(const Shape& s, int token, bool first_page) {
-  return first_page && s.format.exact_first_key ? 0 : token / s.format.key_group;
+  return first_page && s.format.first_token ? 0 : token / s.format.key_group;
+}
+
+// The first token's value, by channel: what its value scales multiply.
+inline void load_first_value(const uint8_t* page, const Shape& s, float* out) {
+  const uint8_t* p = page + s.format.first_value;
+  for (int g = 0; g < 8; g++)
+    for (int tile = 0; tile < s.tiles; tile++)
+      for (int j0 = 0; j0 < 2; j0++) out[16 * tile + 8 * j0 + g] = *p++;
+}
+
+// ---- codes ---------------------------------------------------------------------------------------
+// Calls work(std::integral_constant<int, bits>()): what reads codes is compiled for each width.
+template <class Work>
+inline void with_bits(int bits, Work work) {
+  if (bits == 2) work(std::integral_constant<int, 2>());
+  else if (bits == 3) work(std::integral_constant<int, 3>());
+  else work(std::integral_constant<int, 4>());
+}
+
+constexpr float middle_code(int bits) { return ((1 << bits) - 1) / 2.0f; }
+
+// Codes of the slots (j1, j0) of a word, a byte each. Upper bits are two bits further up, at even slots
+// and at odd ones: slots two apart leave room for them.
+template <int BITS>
+OSCAR_INLINE void join_planes(I low, I high_even, I high_odd, I (&codes)[2][2]) {
+  I even = low, odd = shift_right<2>(low);
+  if (BITS > 2) {
+    even = merge_bits(set_i(0x33333333), even, high_even);
+    odd = merge_bits(set_i(0x33333333), odd, high_odd);
+  }
+  const I mask = set_i(BITS == 2 ? 0x03030303 : BITS == 3 ? 0x07070707 : 0x0f0f0f0f);
+  codes[0][0] = even & mask;
+  codes[0][1] = odd & mask;
+  codes[1][0] = shift_right<4>(even) & mask;
+  codes[1][1] = shift_right<4>(odd) & mask;
 }
 
 // ---- key codes -----------------------------------------------------------------------------------
@@ -111,9 +160,6 @@ inline int key_group_of(const Shape& s, int token, bool first_page) {
 // 2 * g + block. Bytes of two words are then put together by r, so that a byte of a lane has codes of
 // one token row: [64-token half][word / 2][r]. Upper bits follow in the same way; those of 3-bit keys
 // serve both halves, [word / 2][r] with lane 2 * g + half.
-template <int BITS>
-constexpr int planes_per_word() { return BITS == 2 ? 2 : BITS == 3 ? 3 : 4; }
-
 // Bytes (half, r) of two words to bytes (half, word) of r = 0 and of r = 1.
 OSCAR_INLINE void join_words(I a, I b, I* out) {
   const I even = set_i(0x00ff00ff);
@@ -166,33 +212,27 @@ inline void turn_keys(const uint8_t* page, const Shape& s, I* planes) {
 // Codes of quads 2k and 2k + 1, tokens r, of a 64-token half: codes[j1][j0], a byte each.
 template <int BITS>
 OSCAR_INLINE void key_codes(const I* planes, int words, int half, int k, int r, I (&codes)[2][2]) {
-  const I low = planes[half * words + 2 * k + r];
-  I even = low, odd = shift_right<2>(low);
-  if (BITS > 2) {  // slots two apart leave room for the upper bits between them
-    I high;
-    if (BITS == 4) {
-      high = planes[(2 + half) * words + 2 * k + r];
-    } else {
-      const I both = planes[2 * words + 2 * k + r];
-      high = shift_odd_lanes(half ? repeat_pairs<true>(both) : repeat_pairs<false>(both));
-    }
-    even = merge_bits(set_i(0x33333333), even, shift_left<2>(high));
-    odd = merge_bits(set_i(0x33333333), odd, high);
+  I high = zero_i();
+  if (BITS == 4) {
+    high = planes[(2 + half) * words + 2 * k + r];
+  } else if (BITS == 3) {
+    const I both = planes[2 * words + 2 * k + r];
+    high = shift_odd_lanes(half ? repeat_pairs<true>(both) : repeat_pairs<false>(both));
   }
-  const I mask = set_i(BITS == 2 ? 0x03030303 : BITS == 3 ? 0x07070707 : 0x0f0f0f0f);
-  codes[0][0] = even & mask;
-  codes[0][1] = odd & mask;
-  codes[1][0] = shift_right<4>(even) & mask;
-  codes[1][1] = shift_right<4>(odd) & mask;
+  join_planes<BITS>(planes[half * words + 2 * k + r], shift_left<2>(high), high, codes);
 }
 
 // ---- the whole page, for many query rows --------------------------------------------------------
 // What a page has per token: key norms, and value scales and zeros [group][token].
 struct TokenParams {
   alignas(64) float norms[kPage], v_scale[kMaxValueGroups * kPage], v_zero[kMaxValueGroups * kPage];
+  alignas(64) float first_value[kMaxDim];  // by channel
+  const bool has_first;                    // the page has a first token in 8 bits
 
   // Tokens from `count` on are zero.
-  TokenParams(const uint8_t* page, const Shape& s, int count) {
+  TokenParams(const uint8_t* page, const Shape& s, bool first, int count)
+      : has_first(first && s.format.first_token) {
+    if (has_first) load_first_value(page, s, first_value);
     load_norms(page, s, norms);
     load_value_params(page, s, kPage, v_scale, v_zero);
     for (int i = count; i < kPage; i++) {
@@ -202,13 +242,10 @@ struct TokenParams {
   }
 };
 
-constexpr float kMiddleCode = 1.5f;  // of values
-
-// keys: [dim][128] (transposed), values: [128][dim], rotated space. Tokens from `count` on are zero.
-// Without WHOLE, keys lack their norms and values are codes less kMiddleCode.
+// Keys [dim][128] (transposed), rotated space. Tokens from `count` on are zero. Without WHOLE they lack their norms.
 template <int BITS, bool WHOLE>
-inline void dequantize_page(const uint8_t* page, const Shape& s, bool first, int count, const TokenParams& params,
-                            I* planes, float* keys, float* values) {
+inline void dequantize_keys(const uint8_t* page, const Shape& s, bool first, int count, const TokenParams& params,
+                            I* planes, float* keys) {
   Quads scale, zero;
   int loaded = -1;
   const I index = lane_index();
@@ -218,9 +255,7 @@ inline void dequantize_page(const uint8_t* page, const Shape& s, bool first, int
       const int begin = 64 * pair + 32 * block;
       const int group = key_group_of(s, begin, first);
       if (group != loaded) {
-        const uint8_t* p = page + s.format.k_params + group * 2 * s.dim * s.format.key_param_bytes;
-        load_quads(p, s.format.key_param_bytes, s, scale);
-        load_quads(p + s.dim * s.format.key_param_bytes, s.format.key_param_bytes, s, zero);
+        load_key_params(page, s, group, scale, zero);
         loaded = group;
       }
       for (int r = 0; r < 2; r++) {
@@ -245,39 +280,49 @@ inline void dequantize_page(const uint8_t* page, const Shape& s, bool first, int
       }
     }
   }
-  if (first && s.format.exact_first_key && count) {
+  if (params.has_first) {
     Quads exact;
-    load_quads(page + s.format.k_params + 2 * s.dim * s.format.key_param_bytes, 2, s, exact);
+    load_quads(page + s.format.first_key, Numbers::kInt8, s, exact);
     for (int c = 0; c < s.dim; c++) keys[c * kPage] = exact.v[s.place[c]] * (WHOLE ? params.norms[0] : 1.0f);
   }
+}
 
+// Values [128][dim], rotated space, but for what TokenParams::first_value adds. Without WHOLE, codes less the
+// middle one.
+template <int BITS, bool WHOLE>
+inline void dequantize_values(const uint8_t* page, const Shape& s, const TokenParams& params, float* values) {
   // A word has one channel of tokens 16r + 8*j1 + 2t + half in slots (half, r, j1, j0).
   for (int block = 0; block < 4; block++)
     for (int chunk = 0; chunk < s.chunks; chunk++) {
       const int width = s.width(chunk);
-      const uint8_t* p = page + s.format.v_codes + (block * 32 * s.tiles + chunk * 128) * 4;
+      const int64_t block_bytes = 32 * s.tiles * 4;
+      const uint8_t* p = page + s.format.v_codes + block * block_bytes + chunk * 512;
+      const uint8_t* upper = page + s.format.v_high + (BITS == 3 ? block / 2 : block) * block_bytes + chunk * 512;
       for (int t = 0; t < 4; t++)
         for (int i = 0; i < width; i++) {
           const int channel = 16 * (4 * chunk + i), group = channel / s.format.value_group;
-          alignas(64) uint32_t lanes[kLanes];  // channel 8*j0 + g: the two halves share a word
-          for (int g = 0; g < 8; g++) memcpy(lanes + g, p + ((4 * g + t) * width + i) * 4, 4);
-          for (int g = 0; g < 8; g++) lanes[g + 8] = lanes[g] >> 2;
-          const I w = load_i(lanes);
-          const float *vs = params.v_scale + group * kPage, *vz = params.v_zero + group * kPage;
-          const auto put = [&](int token, I codes) {
-            F v = to_float(codes & set_i(3));
-            v = WHOLE ? fma(v, set_f(vs[token]), set_f(vz[token])) : v - set_f(kMiddleCode);
-            store(values + token * s.dim + channel, v);
+          // Lanes are channels 8*j0 + g: the two halves share a word.
+          const auto words = [&](const uint8_t* plane) {
+            alignas(64) uint32_t lanes[kLanes];
+            for (int g = 0; g < 8; g++) memcpy(lanes + g, plane + ((4 * g + t) * width + i) * 4, 4);
+            for (int g = 0; g < 8; g++) lanes[g + 8] = lanes[g] >> 2 | lanes[g] << 30;
+            return load_i(lanes);
           };
-          const int token = 32 * block + 2 * t;
-          put(token, w);
-          put(token + 1, shift_right<16>(w));
-          put(token + 8, shift_right<4>(w));
-          put(token + 9, shift_right<20>(w));
-          put(token + 16, shift_right<8>(w));
-          put(token + 17, shift_right<24>(w));
-          put(token + 24, shift_right<12>(w));
-          put(token + 25, shift_right<28>(w));
+          const I low = words(p);
+          I high = zero_i();
+          if (BITS > 2) high = words(upper);
+          if (BITS == 3 && block % 2) high = rotate_right<1>(high);
+          I codes[2][2];  // [j1][0], bytes (half, r)
+          join_planes<BITS>(low, high, high, codes);
+          const float *vs = params.v_scale + group * kPage, *vz = params.v_zero + group * kPage;
+          for (int j1 = 0; j1 < 2; j1++)
+            for (int half = 0; half < 2; half++)
+              for (int r = 0; r < 2; r++, codes[j1][0] = shift_right<8>(codes[j1][0])) {
+                const int token = 32 * block + 16 * r + 8 * j1 + 2 * t + half;
+                const F code = to_float(codes[j1][0] & set_i(0xff));
+                const F v = WHOLE ? fma(code, set_f(vs[token]), set_f(vz[token])) : code - set_f(middle_code(BITS));
+                store(values + token * s.dim + channel, v);
+              }
         }
     }
 }

@@ -223,10 +223,11 @@ struct Sum {
   I all;
 #endif
 };
-#if !defined(__AVX512VNNI__)
 // acc + a.lo * b.lo + a.hi * b.hi of the signed 16-bit halves of each lane.
 OSCAR_INLINE I dot16(I acc, I a, I b) {
-#if defined(__AVX2__)
+#if defined(__AVX512VNNI__)
+  acc.v[0] = (NativeI)_mm512_dpwssd_epi32((__m512i)acc.v[0], (__m512i)a.v[0], (__m512i)b.v[0]);
+#elif defined(__AVX2__)
   OSCAR_EACH acc.v[k] += (NativeI)_mm256_madd_epi16((__m256i)a.v[k], (__m256i)b.v[k]);
 #else
   OSCAR_EACH {
@@ -236,7 +237,6 @@ OSCAR_INLINE I dot16(I acc, I a, I b) {
 #endif
   return acc;
 }
-#endif
 OSCAR_INLINE void dot(Sum& sum, I codes, I first, I second) {
 #if defined(__AVX512VNNI__)
   sum.high.v[0] = (NativeI)_mm512_dpbusd_epi32((__m512i)sum.high.v[0], (__m512i)codes.v[0], (__m512i)first.v[0]);
@@ -457,6 +457,46 @@ OSCAR_INLINE void narrow_u16(uint16_t* p, I a) {
     memcpy(p + k * kPartLanes, &half, sizeof half);
   }
 }
+OSCAR_INLINE F load_int8(const int8_t* p) {
+  I r;
+#if defined(__AVX512F__)  // compilers take vectors of bytes apart
+  r.v[0] = (NativeI)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  OSCAR_EACH {
+    const int8_t* part = p + k * kPartLanes;
+    r.v[k] = (NativeI)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(part)));
+  }
+#else
+  int32_t lanes[kLanes];
+  for (int i = 0; i < kLanes; i++) lanes[i] = p[i];
+  r = load_i(lanes);
+#endif
+  return to_float(r);
+}
+// Thirty-two bytes, sign-extended to the halves of the lanes.
+OSCAR_INLINE I widen_bytes(const int8_t* p) {
+  I r;
+#if defined(__AVX512F__)
+  r.v[0] = (NativeI)_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  OSCAR_EACH r.v[k] = (NativeI)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + k));
+#else
+  int16_t halves[2 * kLanes];
+  for (int i = 0; i < 2 * kLanes; i++) halves[i] = p[i];
+  r = load_i(halves);
+#endif
+  return r;
+}
+// The low byte of each lane.
+OSCAR_INLINE void narrow_8(void* p, I a) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)a.v[0]));
+#else
+  int32_t lanes[kLanes];
+  store(lanes, a);
+  for (int i = 0; i < kLanes; i++) static_cast<int8_t*>(p)[i] = static_cast<int8_t>(lanes[i]);
+#endif
+}
 OSCAR_INLINE F load_bf16(const uint16_t* p) { return as_float(shift_left<16>(widen_u16(p))); }
 
 OSCAR_INLINE F load_fp16(const uint16_t* p) {
@@ -502,22 +542,37 @@ OSCAR_INLINE F e4m3_byte(I a) {
   const F value = as_float(x) * set_f(0x1p120f);
   return select(less(x & set_i(0x7fffffff), set_i(0x07f00000)), value, as_float(set_i(0x7fc00000)));
 }
+// A signed byte of each lane.
+template <int BYTE>
+OSCAR_INLINE F signed_byte(I a) {
+  I x = shift_left<24 - 8 * BYTE>(a);
+  OSCAR_EACH x.v[k] >>= 24;
+  return to_float(x);
+}
 // Parameters of 16 quads (page.h): quad 2k + j1 has pair 4k + j1 and pair 4k + 2 + j1. v: lower
 // channel of both pairs, upper channel of both.
-OSCAR_INLINE void load_quads_e4m3(const uint8_t* p, F (&v)[4]) {
+OSCAR_INLINE I load_quads_8(const uint8_t* p) {
 #if defined(__AVX512F__)
   const __m512i index = _mm512_set_epi16(31, 29, 30, 28, 27, 25, 26, 24, 23, 21, 22, 20, 19, 17, 18, 16,
                                          15, 13, 14, 12, 11, 9, 10, 8, 7, 5, 6, 4, 3, 1, 2, 0);
   I x;
   x.v[0] = (NativeI)_mm512_permutexvar_epi16(index, _mm512_loadu_si512(p));
+  return x;
 #else
   uint8_t lanes[64];
   for (int i = 0; i < 16; i++)
     for (int which = 0; which < 2; which++)
       memcpy(lanes + 4 * i + 2 * which, p + 8 * (i >> 1) + 4 * which + 2 * (i & 1), 2);
-  const I x = load_i(lanes);
+  return load_i(lanes);
 #endif
+}
+OSCAR_INLINE void load_quads_e4m3(const uint8_t* p, F (&v)[4]) {
+  const I x = load_quads_8(p);
   v[0] = e4m3_byte<0>(x), v[1] = e4m3_byte<2>(x), v[2] = e4m3_byte<1>(x), v[3] = e4m3_byte<3>(x);
+}
+OSCAR_INLINE void load_quads_int8(const uint8_t* p, F (&v)[4]) {
+  const I x = load_quads_8(p);
+  v[0] = signed_byte<0>(x), v[1] = signed_byte<2>(x), v[2] = signed_byte<1>(x), v[3] = signed_byte<3>(x);
 }
 OSCAR_INLINE void load_quads_fp16(const uint8_t* p, F (&v)[4]) {
 #if defined(__AVX512F__)

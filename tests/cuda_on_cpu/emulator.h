@@ -216,11 +216,18 @@ inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, int by) {
 inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, int by) {
   return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) << (by & 31) >> 32);
 }
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
+  const uint64_t both = static_cast<uint64_t>(y) << 32 | x;
+  uint32_t d = 0;
+  for (int i = 0; i < 4; ++i) d |= static_cast<uint32_t>(both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return d;
+}
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
+inline uint32_t __float_as_uint(float x) { return static_cast<uint32_t>(emulator::bits(x)); }
 inline float __uint_as_float(uint32_t x) { return emulator::value<float>(x); }
 
 struct __half {

@@ -5,7 +5,8 @@ A page holds 128 tokens of one KV head in one contiguous run of bytes::
 
     k_codes   2 bits per element   the low two bits of every key code
     k_high    0, 1 or 2 bits       the remaining bits (3- and 4-bit keys)
-    v_codes   2 bits per element
+    v_codes   2 bits per element   the low two bits of every value code
+    v_high    0, 1 or 2 bits       the remaining bits (3- and 4-bit values)
     k_params  per key group: head_dim scales, then head_dim zeros (fp16 or e4m3)
     v_scale   fp16, per token and value group
     v_zero    fp16, per token and value group
@@ -29,19 +30,33 @@ word into two fp16 subnormals, ``code * 4**slot * 2**-24``. With ``lane = 4*g + 
   Words of 32 tokens are stored in chunks of four 16-channel tiles,
   ``[chunk][lane][tile % 4]``; the last chunk has ``head_dim/16 % 4`` tiles if that
   is not zero. The four 32-token blocks of the page follow each other.
-* ``k_high`` of 4-bit keys has the same words for the upper two bits, rotated left
-  by two. Of 3-bit keys, one word covers two 32-token blocks: where a 4-bit word
-  has bit b of a code, it has the single upper bit of block b.
+* ``k_high`` and ``v_high`` of 4-bit codes have the same words for the upper two bits,
+  rotated left by two. Of 3-bit codes, one word covers two 32-token blocks: where a
+  4-bit word has bit b of a code, it has the single upper bit of block b.
   Shifting right (rotating) by 8*r and masking by ``0x000C000C << 2*slot`` (3-bit:
-  rotating by 8*r + b, mask ``0x00040004 << 2*slot``) lines it up with ``k_codes``.
+  rotating by 8*r + b, mask ``0x00040004 << 2*slot``) lines it up with the low plane.
 * ``k_params``: channel ``16*tile + 8*b + 2*t + half`` is at ``[t][tile][b][half]``.
 * ``v_scale``: token ``16*tile + 8*b + 2*t + half`` is at ``[tile][t][group][b][half]``,
   ``v_zero``: at ``[tile][group][t][b][half]``.
 * ``norms``: token ``16*tile + 8*j0 + g`` is at ``[tile][g][j0]``.
 
-Where ``exact_first_key`` is set, the first page of a sequence uses the parameters of
-key group 0 for all its tokens, and the first ``2*head_dim`` bytes of group 1 hold the
-rotated, normalised key of token 0 in fp16, in ``k_params`` order.
+**The first token.** Where ``first_token`` is set, the first page of a sequence uses the
+parameters of key group 0 for all its tokens, and the first ``2*head_dim`` bytes of group 1
+hold token 0 in 8 bits; further groups are written as everywhere and never read:
+
+* ``first_key``: ``head_dim`` signed bytes. Key element: ``norms[0] * byte``. The norm of
+  this token is a scale, so a kernel puts the product of query and bytes where it has the
+  product of query and dequantized unit key, before norms. Order: ``[t][tile][b][half]`` as in
+  ``k_params``, in which the lanes hold the query too.
+* ``first_value``: ``head_dim`` unsigned bytes. Value element: ``v_scale[0] * byte +
+  v_zero[0]``, the formula of every token, with the byte for the code. Channel
+  ``16*tile + 8*j0 + g`` is at ``[g][tile][j0]``, as a lane of the value product needs them.
+
+The codes of this token are 0 in all four planes. So the value planes add nothing for it,
+its zero counts as any other, and what is missing is ``weight * v_scale[0] * byte``: one more
+row, or on tensor cores no product at all. There the slots of token 0 are those of
+``t = r = j1 = half = 0``, and the fragments of these lanes get ``byte`` of ``j0 = 0``, and
+``byte << 2`` of ``j0 = 1``, by a bitwise or: ten bits of a subnormal hold both.
 """
 
 from __future__ import annotations
@@ -52,6 +67,10 @@ from functools import cached_property, lru_cache
 import torch
 
 from vllm_oscar.core.config import PAGE_TOKENS, SUPPORTED_HEAD_DIMS, NormScope, OscarConfig, get_preset
+
+FORMAT_VERSION = 2
+"""Changes whenever a page of the same configuration would be read otherwise. Native libraries are
+built for one version and refused with another. 1: token 0's key alone, in fp16; 2-bit values."""
 
 _LANES = 32
 _WORD_BYTES = 4
@@ -120,6 +139,7 @@ class PageFormat:
             "k_codes": PAGE_TOKENS * dim * 2 // 8,
             "k_high": PAGE_TOKENS * dim * (config.key_bits - 2) // 8,
             "v_codes": PAGE_TOKENS * dim * 2 // 8,
+            "v_high": PAGE_TOKENS * dim * (config.value_bits - 2) // 8,
             "k_params": self.key_groups * self.key_group_bytes,
             "v_scale": value_params,
             "v_zero": value_params,
@@ -138,8 +158,13 @@ class PageFormat:
 
     @property
     def first_key(self) -> Section:
-        """Where the first page of a sequence holds token 0's key (``exact_first_key``)."""
-        return Section(self.sections["k_params"].offset + self.key_group_bytes, 2 * self.head_dim)
+        """Where the first page of a sequence holds token 0's key, int8 (``first_token``)."""
+        return Section(self.sections["k_params"].offset + self.key_group_bytes, self.head_dim)
+
+    @property
+    def first_value(self) -> Section:
+        """Where the first page of a sequence holds token 0's value, uint8 (``first_token``)."""
+        return Section(self.first_key.end, self.head_dim)
 
     @cached_property
     def bytes_per_token(self) -> int:
@@ -161,21 +186,16 @@ class PageFormat:
         """How many times smaller than 16-bit K and V."""
         return 16 / self.bits_per_element
 
-    # ---- the 16-bit ring ----------------------------------------------------
+    # ---- the ring -----------------------------------------------------------
+    is_lossless = False
+
     def ring_tokens_per_page(self, itemsize: int) -> int:
-        """Tokens of unquantized K and V, ``itemsize`` bytes each, that fit one page."""
-        return self.page_bytes // (2 * self.head_dim * itemsize)
+        """Tokens of a ring page, for a model whose elements have ``itemsize`` bytes (:mod:`vllm_oscar.core.ring`)."""
+        return self.page_bytes // self.config.ring.token_bytes(self.head_dim, itemsize)
 
-    def ring_pages(self, itemsize: int, lookahead: int = 0) -> int:
-        """Pages of a request's ring.
-
-        The ring must hold the recent window, the tokens that one decode step
-        writes before it attends, and drafts that may be rejected afterwards.
-        """
-        return -(-(WINDOW_CAPACITY + lookahead) // self.ring_tokens_per_page(itemsize))
-
-
-WINDOW_CAPACITY = PAGE_TOKENS + 1
+    def ring_pages(self, itemsize: int, drafts: int = 0) -> int:
+        """Pages of a request's ring, with room for ``drafts`` tokens that may be rejected after a step."""
+        return -(-self.config.ring_capacity(drafts) // self.ring_tokens_per_page(itemsize))
 
 
 # ---- element order inside the sections --------------------------------------
@@ -222,6 +242,13 @@ def key_param_order(head_dim: int) -> torch.Tensor:
         *(torch.arange(n) for n in (4, head_dim // 16, 2, 2)), indexing="ij"
     )
     return (16 * tile + 8 * b + 2 * t + half).reshape(-1)
+
+
+@lru_cache(maxsize=None)
+def first_value_order(head_dim: int) -> torch.Tensor:
+    """Channel at each position of ``first_value``: ``[head_dim]``."""
+    g, tile, j0 = torch.meshgrid(*(torch.arange(n) for n in (8, head_dim // 16, 2)), indexing="ij")
+    return (16 * tile + 8 * j0 + g).reshape(-1)
 
 
 @lru_cache(maxsize=None)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 
 from vllm_oscar.core.config import PAGE_TOKENS, OscarConfig
-from vllm_oscar.core.format import WINDOW_CAPACITY
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,15 @@ class LosslessFormat:
     def page_bytes(self) -> int:
         return self.bytes_per_token * PAGE_TOKENS
 
+    is_lossless = True
+
     def ring_tokens_per_page(self, itemsize: int) -> int:
         """As few as with a compressed page, so that the ring still spans several pages."""
         return 24
 
-    def ring_pages(self, itemsize: int, lookahead: int = 0) -> int:
-        return -(-(WINDOW_CAPACITY + lookahead) // self.ring_tokens_per_page(itemsize))
+    def ring_pages(self, itemsize: int, drafts: int = 0) -> int:
+        """Pages of a request's ring; it holds tokens in the model's dtype, whatever the preset says."""
+        return -(-self.config.ring_capacity(drafts) // self.ring_tokens_per_page(itemsize))
 
     def encode(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """``[N, 128, H, D]`` key and value to uint8 ``[N, H, page_bytes]``."""

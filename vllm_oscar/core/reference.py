@@ -3,6 +3,32 @@
 
 Plain PyTorch in float32, vectorised over pages and heads; clear before fast.
 Shapes use ``N`` pages, ``H`` KV heads, ``D`` head_dim, 128 tokens a page.
+
+The encoder's operations, in this order. Every line is float32, each operation rounded by
+itself; ``fp16`` and ``param`` round to the storage type, saturating; sums may be taken in any
+order. "Sink" is token 0 of the first page of a sequence, where ``first_token`` is set.
+
+Keys, per KV head, ``x`` rotated:
+
+1. norm: ``n = fp16(sqrt(mean(x * x)))`` over the channels (joint: of all heads of the rank);
+   sink: ``n = fp16(max|x| / 127)``. Unit key ``u = x / n``, 0 where n is not above 0.
+2. range: ``low, high`` of u per channel and key group. In the first page one range serves all
+   groups, that of all tokens but the sink.
+3. parameters: ``middle = (low + high) / 2``, ``half = (high - low) / 2 * clip``,
+   ``scale = param(2 * half / levels)``, ``zero = param(middle - half)``.
+4. codes: ``clamp(round((u - zero) / scale), 0, levels)``, ties to even, 0 where the scale is not
+   above 0 or the quotient is NaN. Sink: codes 0, and bytes ``clamp(round(u), -127, 127)``, 0 for NaN.
+5. gain: ``u' = scale * code + zero``, ``n = fp16(n * gain(u, u'))``; the sink keeps its n.
+
+Values, per token and value group, ``x`` rotated:
+
+1. range, parameters (in fp16) and codes as for keys; sink: 255 levels and no clipping, its codes
+   are the bytes, and those of the planes are 0.
+2. gain: ``x' = scale * code + zero``, ``g = gain(x, x')``, ``scale = fp16(scale * g)``,
+   ``zero = fp16(zero * g)``; the sink keeps its own.
+
+``gain(x, x') = clamp(sum(x * x) / sum(x * x'), 0.5, 2)``, 1 where the divisor is not above 0 or
+the quotient is NaN.
 """
 
 from __future__ import annotations
@@ -30,40 +56,62 @@ def _to_param(x: torch.Tensor, kind: ParamType) -> torch.Tensor:
     return x.clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
 
 
-def _affine_params(low, high, levels: int, clip: float, integer_zero: bool, round_to):
-    """Scale and zero of ``levels + 1`` codes over the clipped range ``low..high``."""
+def _affine_params(low, high, levels, clip, integer_zero: bool, round_to):
+    """Scale and zero of ``levels + 1`` codes over the clipped range ``low..high``.
+
+    With ``integer_zero`` the zero is a whole number of steps, which may lie far outside
+    the codes. Its product with the scale is rounded once to the storage type, by at most
+    one part in 2048 of it; codes are chosen for the stored zero, so that this shifts the
+    grid of a group but does not widen its error. A group of one value has no steps: its
+    zero is that value.
+    """
     middle, half = (low + high) / 2, (high - low) / 2 * clip
     scale = round_to(2 * half / levels)
     zero = middle - half
     if integer_zero:
         step = scale.float()
-        zero = -torch.where(step > 0, torch.round(-low / step).clamp(0, levels), 0.0) * step
+        zero = torch.where(step > 0, -torch.round(-low / step) * step, low)
     return scale, round_to(zero)
 
 
-def _quantize(x, scale, zero, levels: int) -> torch.Tensor:
+def _quantize(x, scale, zero, levels) -> torch.Tensor:
     """Nearest code (ties to even) for stored, that is rounded, parameters."""
     scale, zero = scale.float(), zero.float()
     code = torch.where(scale > 0, torch.round((x - zero) / scale), 0.0)
-    return torch.nan_to_num(code).clamp(0, levels).to(torch.uint8)
+    return torch.nan_to_num(code).clamp(min=0).clamp(max=levels).to(torch.uint8)
+
+
+def _gain(x: torch.Tensor, coded: torch.Tensor) -> torch.Tensor:
+    """What ``coded`` is to be multiplied by to have no shrinkage along ``x``; last dimension kept as 1.
+
+    Clipping and rounding to the middle of a cell make vectors shorter. A softmax feels that as a higher
+    temperature, and attention's output as a smaller one, in all layers alike.
+    """
+    product = (x * coded).sum(-1, keepdim=True)
+    ratio = torch.where(product > 0, x.square().sum(-1, keepdim=True) / product, 1.0)
+    return torch.nan_to_num(ratio, nan=1.0).clamp(0.5, 2.0)
+
+
+def _sinks(fmt: PageFormat, first: torch.Tensor) -> torch.Tensor:
+    """Which tokens of pages have 8-bit codes of their own: bool ``[N, 1, 128, 1]``."""
+    token = torch.arange(PAGE_TOKENS, device=first.device)
+    return (first.view(-1, 1, 1, 1) & (token == 0).view(-1, 1)) & fmt.config.first_token
 
 
 def _encode_keys(key: torch.Tensor, fmt: PageFormat, first: torch.Tensor) -> dict[str, torch.Tensor]:
     """Key sections of pages. ``key``: rotated, ``[N, H, 128, D]``; ``first``: bool ``[N]``."""
     config, (n, heads, _, dim) = fmt.config, key.shape
-    sections = {}
-    if config.norm is NormScope.NONE:
-        unit = key
-    else:
+    sink, sections = _sinks(fmt, first), {}
+    norm = torch.ones(n, heads, PAGE_TOKENS, 1, device=key.device)
+    if config.norm is not NormScope.NONE:
         axes = (1, 3) if config.norm is NormScope.JOINT else (3,)
-        norm = _to_fp16(key.square().mean(axes, keepdim=True).sqrt()).expand(n, heads, PAGE_TOKENS, 1)
-        unit = torch.where(norm > 0, key / norm.float(), 0.0)
-        sections["norms"] = norm[..., fmt_.norm_order().to(key.device), 0].contiguous().view(torch.uint8)
+        norm = key.square().mean(axes, keepdim=True).sqrt().expand_as(norm)
+        norm = _to_fp16(torch.where(sink, key.abs().amax(3, keepdim=True) / 127, norm)).float()
+    unit = torch.where(norm > 0, key / norm, 0.0)
 
-    # Which tokens shape which group's range: in a first page all of them, but token 0, shape group 0.
     low = unit.unflatten(2, (fmt.key_groups, -1)).amin(3)  # [N, H, groups, D]
     high = unit.unflatten(2, (fmt.key_groups, -1)).amax(3)
-    if config.exact_first_key:
+    if config.first_token:
         is_first = first.view(n, 1, 1, 1)
         low = torch.where(is_first, unit[:, :, 1:].amin(2, keepdim=True), low)
         high = torch.where(is_first, unit[:, :, 1:].amax(2, keepdim=True), high)
@@ -71,38 +119,50 @@ def _encode_keys(key: torch.Tensor, fmt: PageFormat, first: torch.Tensor) -> dic
     scale, zero = _affine_params(
         low, high, levels, config.key_clip, config.integer_zero, lambda x: _to_param(x, config.key_param)
     )
-    codes = _quantize(
-        unit.unflatten(2, (fmt.key_groups, -1)), scale.unsqueeze(3), zero.unsqueeze(3), levels
-    ).flatten(2, 3)
-    codes_low, codes_high = fmt_.pack_codes(codes.flatten(0, 1), config.key_bits, "key")
-    sections["k_codes"] = codes_low.view(n, heads, -1)
-    sections["k_high"] = codes_high.view(n, heads, -1)
+    token_scale, token_zero = (x.float().repeat_interleave(config.key_group, dim=2) for x in (scale, zero))
+    codes = _quantize(unit, token_scale, token_zero, levels)
+    if config.key_gain:
+        gain = _gain(unit, token_scale * codes + token_zero)
+        norm = torch.where(sink, norm, _to_fp16(norm * gain).float())
+    if config.norm is not NormScope.NONE:
+        order = fmt_.norm_order().to(key.device)
+        sections["norms"] = norm.half()[..., order, 0].contiguous().view(torch.uint8)
+    codes = torch.where(sink, 0, codes)
+    for name, plane in zip(("k_codes", "k_high"), fmt_.pack_codes(codes.flatten(0, 1), config.key_bits, "key")):
+        sections[name] = plane.view(n, heads, -1)
 
     order = fmt_.key_param_order(dim).to(key.device)
     params = torch.stack([scale.float()[..., order], zero.float()[..., order]], 3)  # [N, H, groups, 2, D]
     params = _to_param(params, config.key_param).flatten(2).view(torch.uint8)
-    if config.exact_first_key:
-        begin = fmt.key_group_bytes
-        exact = _to_fp16(unit[:, :, 0, order]).view(torch.uint8)
-        params[:, :, begin : begin + 2 * dim] = torch.where(
-            first.view(n, 1, 1), exact, params[:, :, begin : begin + 2 * dim]
-        )
+    if config.first_token:
+        exact = torch.nan_to_num(torch.round(unit[:, :, 0, order])).clamp(-127, 127).to(torch.int8).view(torch.uint8)
+        place = slice(fmt.key_group_bytes, fmt.key_group_bytes + dim)
+        params[:, :, place] = torch.where(first.view(n, 1, 1), exact, params[:, :, place])
     sections["k_params"] = params
     return sections
 
 
-def _encode_values(value: torch.Tensor, fmt: PageFormat) -> dict[str, torch.Tensor]:
-    """Value sections of pages. ``value``: rotated, ``[N, H, 128, D]``."""
-    config, (n, heads, _, _) = fmt.config, value.shape
+def _encode_values(value: torch.Tensor, fmt: PageFormat, first: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Value sections of pages, and ``first_value``. ``value``: rotated, ``[N, H, 128, D]``; ``first``: bool ``[N]``."""
+    config, (n, heads, _, dim) = fmt.config, value.shape
+    sink = _sinks(fmt, first)
+    levels = torch.where(sink, 255, 2**config.value_bits - 1)
+    clip = torch.where(sink, 1.0, config.value_clip)
     scales, zeros, codes = [], [], []
     for part in value.split(config.value_group, dim=3):
-        scale, zero = _affine_params(
-            part.amin(3, keepdim=True), part.amax(3, keepdim=True), 3, config.value_clip, config.integer_zero, _to_fp16
-        )
+        low, high = part.amin(3, keepdim=True), part.amax(3, keepdim=True)
+        scale, zero = _affine_params(low, high, levels, clip, config.integer_zero, _to_fp16)
+        codes.append(_quantize(part, scale, zero, levels))
+        if config.value_gain:
+            gain = torch.where(sink, 1.0, _gain(part, scale.float() * codes[-1] + zero.float()))
+            scale, zero = _to_fp16(scale.float() * gain), _to_fp16(zero.float() * gain)
         scales.append(scale)
         zeros.append(zero)
-        codes.append(_quantize(part, scale, zero, 3))
-    sections = {"v_codes": fmt_.pack_codes(torch.cat(codes, 3).flatten(0, 1), 2, "value")[0].view(n, heads, -1)}
+    codes = torch.cat(codes, 3)
+    sections = {"first_value": codes[:, :, 0, fmt_.first_value_order(dim).to(value.device)]}
+    planes = fmt_.pack_codes(torch.where(sink, 0, codes).flatten(0, 1), config.value_bits, "value")
+    for name, plane in zip(("v_codes", "v_high"), planes):
+        sections[name] = plane.view(n, heads, -1)
     for name, parts in (("v_scale", scales), ("v_zero", zeros)):
         order = fmt_.value_param_order(fmt.value_groups, name).to(value.device)
         sections[name] = torch.cat(parts, 3).flatten(2)[..., order].contiguous().view(torch.uint8)
@@ -115,7 +175,7 @@ def encode_pages(key: torch.Tensor, value: torch.Tensor, fmt: PageFormat, first:
     Args:
         key, value: ``[N, 128, H, D]``, any float dtype, keys after RoPE, not rotated.
         fmt: the page layout.
-        first: bool ``[N]``, which pages begin a sequence (``exact_first_key``).
+        first: bool ``[N]``, which pages begin a sequence (``first_token``).
 
     Returns:
         uint8 ``[N, H, page_bytes]``.
@@ -124,11 +184,14 @@ def encode_pages(key: torch.Tensor, value: torch.Tensor, fmt: PageFormat, first:
         return fmt.encode(key, value)
     rotated_key = rotate(key).transpose(1, 2)
     rotated_value = rotate(value).transpose(1, 2)
-    parts = _encode_keys(rotated_key, fmt, first) | _encode_values(rotated_value, fmt)
+    parts = _encode_keys(rotated_key, fmt, first) | _encode_values(rotated_value, fmt, first)
     pages = torch.zeros(*rotated_key.shape[:2], fmt.page_bytes, dtype=torch.uint8, device=key.device)
     for name, section in fmt.sections.items():
         if section.nbytes:
             pages[..., section.slice] = parts[name]
+    if fmt.config.first_token:
+        place = fmt.first_value.slice
+        pages[..., place] = torch.where(first.view(-1, 1, 1), parts["first_value"], pages[..., place])
     return pages
 
 
@@ -140,6 +203,7 @@ def decode_pages_rotated(
     ``first``: bool ``[N]``. Returns key and value, float32 ``[N, H, 128, D]``.
     """
     config, dim, (n, heads, _) = fmt.config, fmt.head_dim, pages.shape
+    is_first = first.view(n, 1, 1)
 
     def section(name: str) -> torch.Tensor:
         return pages[..., fmt.sections[name].slice].contiguous()
@@ -149,19 +213,19 @@ def decode_pages_rotated(
         out[..., order.to(pages.device)] = data
         return out
 
+    def codes(letter: str, bits: int, operand: str) -> torch.Tensor:
+        planes = (section(f"{letter}_{plane}").flatten(0, 1) for plane in ("codes", "high"))
+        return fmt_.unpack_codes(*planes, bits, operand, dim).view(n, heads, PAGE_TOKENS, dim)
+
     param_dtype = torch.half if config.key_param is ParamType.FP16 else torch.float8_e4m3fn
     params = section("k_params").view(param_dtype).float().view(n, heads, fmt.key_groups, 2, dim)
-    if config.exact_first_key:
-        params = torch.where(first.view(n, 1, 1, 1, 1), params[:, :, :1], params)
+    if config.first_token:
+        params = torch.where(is_first[..., None, None], params[:, :, :1], params)
     params = ordered(params, fmt_.key_param_order(dim)).repeat_interleave(config.key_group, dim=2)
-    codes = fmt_.unpack_codes(
-        section("k_codes").flatten(0, 1), section("k_high").flatten(0, 1), config.key_bits, "key", dim
-    ).view(n, heads, PAGE_TOKENS, dim)
-    key = params[:, :, :, 0] * codes + params[:, :, :, 1]
-    if config.exact_first_key:
-        exact = pages[..., fmt.first_key.slice].contiguous().view(torch.half).float()
-        exact = ordered(exact, fmt_.key_param_order(dim))
-        key[:, :, 0] = torch.where(first.view(n, 1, 1), exact, key[:, :, 0])
+    key = params[:, :, :, 0] * codes("k", config.key_bits, "key") + params[:, :, :, 1]
+    if config.first_token:
+        exact = pages[..., fmt.first_key.slice].contiguous().view(torch.int8).float()
+        key[:, :, 0] = torch.where(is_first, ordered(exact, fmt_.key_param_order(dim)), key[:, :, 0])
     if config.norm is not NormScope.NONE:
         key = key * ordered(section("norms").view(torch.half).float(), fmt_.norm_order())[..., None]
 
@@ -170,9 +234,11 @@ def decode_pages_rotated(
         data = data.view(n, heads, PAGE_TOKENS, fmt.value_groups)
         return data.repeat_interleave(config.value_group, dim=3)[..., :dim]
 
-    codes = section("v_codes").flatten(0, 1)
-    codes = fmt_.unpack_codes(codes, codes[:, :0], 2, "value", dim).view(n, heads, PAGE_TOKENS, dim)
-    return key, value_param("v_scale") * codes + value_param("v_zero")
+    value_codes = codes("v", config.value_bits, "value")
+    if config.first_token:
+        exact = ordered(pages[..., fmt.first_value.slice].long(), fmt_.first_value_order(dim))
+        value_codes[:, :, 0] = torch.where(is_first, exact, value_codes[:, :, 0])
+    return key, value_param("v_scale") * value_codes + value_param("v_zero")
 
 
 def decode_pages(
@@ -202,28 +268,6 @@ def decode_page(page: torch.Tensor, fmt: PageFormat, *, first: bool = False) -> 
     return key[0], value[0]
 
 
-# ---- the ring ------------------------------------------------------------------
-def ring_view(ring: torch.Tensor, fmt: PageFormat, dtype: torch.dtype) -> torch.Tensor:
-    """Ring pages as tokens of the model's dtype.
-
-    ``ring``: uint8 ``[B, H, page_bytes]``, heads may be strided. Returns a view
-    ``[B, H, tokens_per_page, 2, D]``; index 3 is key, value.
-    """
-    tokens = fmt.ring_tokens_per_page(dtype.itemsize)
-    used = ring[..., : tokens * 2 * fmt.head_dim * dtype.itemsize]
-    return used.view(dtype).unflatten(-1, (tokens, 2, fmt.head_dim))
-
-
-def ring_slots(ring_table: torch.Tensor, position: torch.Tensor, tokens_per_page: int, pages: int):
-    """Page and offset of sequence positions in a request's ring.
-
-    ``ring_table``: ``[..., >= pages]`` block ids, aligned with ``position``.
-    """
-    slot = position % (tokens_per_page * pages)
-    page = ring_table.gather(-1, (slot // tokens_per_page).unsqueeze(-1)).squeeze(-1)
-    return page.long(), slot % tokens_per_page
-
-
 # ---- attention --------------------------------------------------------------------
 def attention(
     query: torch.Tensor,
@@ -243,8 +287,8 @@ def attention(
         query: ``[Q, Hq, D]``; ``key``, ``value``: ``[Q, H, D]``, the tokens at
             positions ``context .. context + Q - 1``, not yet stored.
         pages: uint8 ``[P, H, page_bytes]``, the pages of positions ``0 .. 128*P - 1``.
-        ring_key, ring_value: ``[context - ring_start, H, D]``, exact copies of the
-            tokens at positions ``ring_start .. context - 1``; they replace the pages there.
+        ring_key, ring_value: ``[context - ring_start, H, D]``, the tokens at positions
+            ``ring_start .. context - 1`` as the ring has them; they replace the pages there.
         context: tokens before the first query.
         ring_start: first position read from the ring; ``ring_start <= 128 * P``.
         scale: softmax scale.

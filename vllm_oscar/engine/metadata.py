@@ -18,7 +18,7 @@ from vllm.v1.attention.backend import (
 )
 
 from vllm_oscar.core import envs
-from vllm_oscar.core.config import PAGE_TOKENS, WINDOW_TOKENS, get_preset
+from vllm_oscar.core.config import PAGE_TOKENS, get_preset
 from vllm_oscar.core.format import PageFormat
 from vllm_oscar.ops import select
 from vllm_oscar.ops.step import HostLengths, Step
@@ -76,16 +76,16 @@ class OscarMetadata(AttentionMetadata):
         return found[1]
 
 
-def ring_start(context: torch.Tensor, hit_tokens: torch.Tensor, recent_window: bool) -> torch.Tensor:
+def ring_start(context: torch.Tensor, hit_tokens: torch.Tensor, window: int) -> torch.Tensor:
     """First position that each request reads from its ring.
 
     Without a window only the open block is read from the ring. With one, so are the
-    last ``WINDOW_TOKENS`` tokens, as far as this request has computed them itself:
-    after a prefix hit the ring starts empty. ``context``, ``hit_tokens``: ``[R]``.
+    last ``window`` tokens, as far as this request has computed them itself: after a
+    prefix hit the ring starts empty. ``context``, ``hit_tokens``: ``[R]``.
     """
-    if not recent_window:
+    if not window:
         return context // PAGE_TOKENS * PAGE_TOKENS
-    return torch.maximum((context - WINDOW_TOKENS).clamp(min=0), hit_tokens)
+    return torch.maximum((context - window).clamp(min=0), hit_tokens)
 
 
 class OscarMetadataBuilder(AttentionMetadataBuilder[OscarMetadata]):
@@ -128,7 +128,7 @@ class OscarTailMetadataBuilder(AttentionMetadataBuilder[OscarTailMetadata]):
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        self._recent_window = get_preset(vllm_config.cache_config.cache_dtype).recent_window
+        self._window = get_preset(vllm_config.cache_config.cache_dtype).window
         # Full CUDA graphs replay with the address seen at capture, also for batches padded beyond max_num_seqs.
         captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         rows = max(vllm_config.scheduler_config.max_num_seqs, captured)
@@ -149,5 +149,5 @@ class OscarTailMetadataBuilder(AttentionMetadataBuilder[OscarTailMetadata]):
         if requests > self._ring_start.shape[0]:
             raise RuntimeError(f"a step of {requests} requests, but only {self._ring_start.shape[0]} were announced")
         start = self._ring_start[:requests]
-        start.copy_(ring_start(context, hit_tokens, self._recent_window))
+        start.copy_(ring_start(context, hit_tokens, self._window))
         return OscarTailMetadata(ring_table=table, ring_start=start)

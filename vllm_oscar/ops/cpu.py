@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 
-from vllm_oscar.core.format import PageFormat
+from vllm_oscar.core.format import FORMAT_VERSION, PageFormat
 from vllm_oscar.core.hadamard import hadamard
 from vllm_oscar.ops.library import NativeLibraryError, how_to_build, library_path, load
 from vllm_oscar.ops.native import AttentionParams, Binding, StoreParams, fields
 from vllm_oscar.ops.step import Cache, Limits, Step
 
-_ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")  # in the order of preference, worst first
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")  # in the order of preference, worst first
 _BINDING = Binding("CPU", "cpu", (torch.float32, torch.bfloat16, torch.float16), alignment=1)
 
 
@@ -39,7 +39,8 @@ def _library() -> ctypes.CDLL:
     path = Path(os.environ.get("OSCAR_CPU_LIBRARY") or library_path("cpu"))
     library, sizes = load("cpu", path), (c_int32 * 3)()
     library.oscar_cpu_sizes(sizes)
-    if list(sizes) != [ctypes.sizeof(struct) for struct in (StoreParams, AttentionParams, _Run)]:
+    expected = [ctypes.sizeof(struct) for struct in (StoreParams, AttentionParams, _Run)]
+    if list(sizes) != expected or library.oscar_cpu_format_version() != FORMAT_VERSION:
         raise NativeLibraryError(f"{path} has another interface than this package; {how_to_build('cpu')}")
     return library
 
@@ -58,7 +59,7 @@ def available() -> tuple[bool, str]:
 def isas() -> tuple[str, ...]:
     """Instruction sets that library and machine share, best last."""
     bits = _library().oscar_cpu_isas()
-    return tuple(name for i, name in enumerate(_ISAS) if bits >> i & 1)
+    return tuple(name for i, name in enumerate(ISAS) if bits >> i & 1)
 
 
 @lru_cache(maxsize=None)
@@ -83,7 +84,7 @@ def isa() -> str:
 @lru_cache(maxsize=None)
 def _run(head_dim: int, threads: int, isa: str) -> _Run:
     matrix, transposed = _rotation(head_dim)
-    return _Run(matrix.data_ptr(), transposed.data_ptr(), threads, _ISAS.index(isa))
+    return _Run(matrix.data_ptr(), transposed.data_ptr(), threads, ISAS.index(isa))
 
 
 def _call(function, params: ctypes.Structure, cache: Cache) -> None:

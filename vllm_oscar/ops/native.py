@@ -18,7 +18,8 @@ from functools import lru_cache
 import torch
 
 from vllm_oscar.core.config import NormScope
-from vllm_oscar.core.format import PageFormat
+from vllm_oscar.core.format import FORMAT_VERSION, PageFormat
+from vllm_oscar.core.ring import RingType
 from vllm_oscar.ops.step import Cache, Step
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -35,9 +36,11 @@ class FormatStruct(ctypes.Structure):
     """``OscarFormat``."""
 
     _fields_ = [
-        *fields(c_int32, "head_dim key_bits key_group value_group key_param_bytes norm exact_first_key integer_zero"),
+        *fields(c_int32, "version head_dim key_bits value_bits key_group value_group key_param_bytes norm"),
+        *fields(c_int32, "first_token key_gain value_gain integer_zero"),
         *fields(c_float, "key_clip value_clip"),
-        *fields(c_int32, "k_codes k_high v_codes k_params v_scale v_zero norms page_bytes ring_tokens"),
+        *fields(c_int32, "k_codes k_high v_codes v_high k_params v_scale v_zero norms first_key first_value"),
+        *fields(c_int32, "page_bytes int8_ring ring_tokens"),
     ]
 
 
@@ -96,18 +99,25 @@ def format_struct(fmt: PageFormat, itemsize: int) -> FormatStruct:
     """``fmt`` for a model whose elements have ``itemsize`` bytes."""
     config = fmt.config
     return FormatStruct(
+        version=FORMAT_VERSION,
         head_dim=fmt.head_dim,
         key_bits=config.key_bits,
+        value_bits=config.value_bits,
         key_group=config.key_group,
         value_group=config.value_group,
         key_param_bytes=config.key_param.nbytes,
         norm=_NORMS[config.norm],
-        exact_first_key=config.exact_first_key,
+        first_token=config.first_token,
+        key_gain=config.key_gain,
+        value_gain=config.value_gain,
         integer_zero=config.integer_zero,
         key_clip=config.key_clip,
         value_clip=config.value_clip,
         **{name: section.offset for name, section in fmt.sections.items()},
+        first_key=fmt.first_key.offset,
+        first_value=fmt.first_value.offset,
         page_bytes=fmt.page_bytes,
+        int8_ring=config.ring is RingType.INT8,
         ring_tokens=fmt.ring_tokens_per_page(itemsize),
     )
 

@@ -12,6 +12,7 @@ import torch
 
 from vllm_oscar.core import reference
 from vllm_oscar.core.config import PAGE_TOKENS
+from vllm_oscar.core.ring import read_tokens, ring_slots, write_tokens
 from vllm_oscar.ops.step import Cache, Limits, Step
 
 
@@ -35,11 +36,9 @@ def _requests(step: Step) -> Iterator[tuple[int, int, int, int]]:
 
 def _read_ring(step: Step, cache: Cache, request: int, positions: torch.Tensor, dtype: torch.dtype):
     """Keys and values ``[n, H, D]`` of sequence positions held in a request's ring."""
-    view = reference.ring_view(cache.ring, cache.fmt, dtype)
     table = step.ring_table[request].expand(positions.numel(), -1)
-    page, offset = reference.ring_slots(table, positions, view.shape[2], cache.ring_pages)
-    tokens = view[page, :, offset]  # [n, H, 2, D]
-    return tokens[:, :, 0], tokens[:, :, 1]
+    at = ring_slots(table, positions, cache.fmt.ring_tokens_per_page(dtype.itemsize), cache.ring_pages)
+    return read_tokens(cache.ring, cache.fmt, *at, dtype)
 
 
 def store_pages(step: Step, cache: Cache, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -89,9 +88,9 @@ def attention(
 
 
 def write_ring(step: Step, cache: Cache, key: torch.Tensor, value: torch.Tensor) -> None:
-    """Write the newest tokens of each request, at most the ring's capacity."""
-    view = reference.ring_view(cache.ring, cache.fmt, key.dtype)
-    capacity = view.shape[2] * cache.ring_pages
+    """Keep the newest tokens of each request, at most the ring's capacity."""
+    tokens_per_page = cache.fmt.ring_tokens_per_page(key.dtype.itemsize)
+    capacity = tokens_per_page * cache.ring_pages
     rows, positions, requests = [], [], []
     for request, begin, end, context in _requests(step):
         kept = torch.arange(max(begin, end - capacity), end, device=key.device)
@@ -100,5 +99,5 @@ def write_ring(step: Step, cache: Cache, key: torch.Tensor, value: torch.Tensor)
         requests.append(torch.full_like(kept, request))
     if rows:
         row, position, request = torch.cat(rows), torch.cat(positions), torch.cat(requests)
-        page, offset = reference.ring_slots(step.ring_table[request], position, view.shape[2], cache.ring_pages)
-        view[page, :, offset] = torch.stack([key[row], value[row]], 2)
+        at = ring_slots(step.ring_table[request], position, tokens_per_page, cache.ring_pages)
+        write_tokens(cache.ring, cache.fmt, *at, key[row], value[row])

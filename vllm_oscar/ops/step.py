@@ -4,7 +4,7 @@
 =========  ============================================================================
 context    a request's tokens before this step
 page       128 tokens of one KV head, quantized; one block of the page group, all heads
-ring       the newest tokens of a request in 16 bit, in blocks of the ring group;
+ring       the newest tokens of a request (core/ring.py), in blocks of the ring group;
            position p is in slot ``p % (ring_pages * tokens per page)``
 =========  ============================================================================
 
@@ -157,7 +157,7 @@ class Kernels(Protocol):
         """Causal attention over pages, ring and the step's own tokens; ``query``, ``out``: ``[T, Hq, D]``."""
 
     def write_ring(self, step: Step, cache: Cache, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Keep the newest tokens of each request in 16 bit, at most the ring's capacity."""
+        """Keep the newest tokens of each request, at most the ring's capacity."""
 
     def reserve(self, fmt: PageFormat, limits: Limits) -> None:
         """Allocate what the operations need, before memory is profiled and graphs are captured."""

@@ -61,9 +61,9 @@ def plan(
         )
     console.print(table)
     console.print(
-        "A page is 128 tokens over all layers; tail: pages that each request keeps in 16 bit. "
+        "A page is 128 tokens over all layers; tail: pages that hold a request's newest tokens. "
         "Tokens and requests are what vLLM logs at start-up. Loss: divergence from exact attention against "
-        "oscar_paper's, range over five small models (docs/fidelity.md)."
+        "oscar_paper's, on SmolLM2-135M at 2k and 8k tokens (docs/fidelity.md)."
     )
     if len(rows) == 2:
         console.print(f"[yellow]OScaR does not support head_dim {shape.head_dim}.[/]")
@@ -73,7 +73,7 @@ def plan(
 
 def _loss(dtype: str) -> str:
     low, high = MEASURED_LOSS.get(dtype, (None, None))
-    return "-" if low is None else f"{low:.2f}-{high:.2f}x" if low < high else f"{low:.0f}x"
+    return "-" if low is None else f"{low:.2f}-{high:.2f}x" if low < high else f"{low:.2g}x"
 
 
 @app.command()

@@ -9,16 +9,21 @@
 enum OscarDtype { OSCAR_FP32 = 0, OSCAR_BF16 = 1, OSCAR_FP16 = 2 };
 enum OscarNorm { OSCAR_NORM_NONE = 0, OSCAR_NORM_HEAD = 1, OSCAR_NORM_JOINT = 2 };
 
+enum { OSCAR_FORMAT_VERSION = 2 }; /* of core/format.py */
+
 /* A page layout and the numbers of its encoder: core/format.py and core/config.py. */
 typedef struct {
-  int32_t head_dim, key_bits, key_group, value_group;
+  int32_t version;                                   /* OSCAR_FORMAT_VERSION */
+  int32_t head_dim, key_bits, value_bits, key_group, value_group;
   int32_t key_param_bytes;                           /* 1: e4m3, 2: fp16 */
   int32_t norm;                                      /* OscarNorm */
-  int32_t exact_first_key;
-  int32_t integer_zero;                              /* encoder only, like the clips */
+  int32_t first_token;                               /* the first page holds token 0 in 8 bits */
+  int32_t key_gain, value_gain, integer_zero;        /* encoder only, like the clips */
   float key_clip, value_clip;
-  int32_t k_codes, k_high, v_codes, k_params, v_scale, v_zero, norms;  /* offsets of the sections */
+  int32_t k_codes, k_high, v_codes, v_high, k_params, v_scale, v_zero, norms;  /* offsets of the sections */
+  int32_t first_key, first_value;                    /* offsets, in a first page */
   int32_t page_bytes;
+  int32_t int8_ring;                                 /* core/ring.py: INT8, otherwise MODEL */
   int32_t ring_tokens;                               /* of a ring page */
 } OscarFormat;
 

@@ -43,7 +43,9 @@ int launch_shape(const OscarAttentionParams& params, const OscarLaunch& launch, 
   // Eight warps of a multiprocessor instead of twelve: measured on an H100 (39 bits of memory bus for each), and
   // on the same without its copies, which stands for a faster memory (an H200 has 47; not measured there).
   shape.few_time = device.bus_bits < 42 * device.multiprocessors ? 7 : 8;
-  shape.warps = launch.warps ? launch.warps : most;
+  // Where warps keep their shares, whole sets of four: the schedulers of a multiprocessor must have equal work.
+  const bool take = shape.n_tiles == 1 ? kTakesPages<Layout, 1> : kTakesPages<Layout, 2>;
+  shape.warps = launch.warps ? launch.warps : take || most < 4 ? most : most / 4 * 4;
   if (shape.warps < 1 || shape.warps > most) return OSCAR_BAD_ARGUMENT;
   if (shape.blocks * most * sizeof(uint32_t) > OSCAR_COUNTER_BYTES) return OSCAR_BAD_ARGUMENT;
   const int block_rows = 8 * shape.n_tiles;

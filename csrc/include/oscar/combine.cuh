@@ -9,10 +9,10 @@
 
 namespace oscar {
 
-// Slots of one query row: the exact part, then the pages.
+// Slots of one query row: the recent part, then the pages.
 struct RowSlots {
-  int exact_first, exact_count, page_first, count;
-  OSCAR_DEVICE int operator[](int i) const { return i < exact_count ? exact_first + i : page_first + i - exact_count; }
+  int recent_first, recent_count, page_first, count;
+  OSCAR_DEVICE int operator[](int i) const { return i < recent_count ? recent_first + i : page_first + i - recent_count; }
 };
 
 constexpr int kCombineWarps = 16;      // most of a block; two blocks fit a multiprocessor
@@ -84,9 +84,9 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
   for (int i = thread; i < p.warps; i += all) p.claims[i] = 0;  // for the next launch
   if (query_row >= request.rows) return;
 
-  const int2 exact = p.ranges[2 * segment];
-  RowSlots slots{exact.x, exact.y - exact.x + 1, 0, exact.y - exact.x + 1};
-  if (request.units > request.exact) {
+  const int2 recent = p.ranges[2 * segment];
+  RowSlots slots{recent.x, recent.y - recent.x + 1, 0, recent.y - recent.x + 1};
+  if (request.units > request.recent) {
     const int2 pages = p.ranges[2 * segment + 1];
     slots.page_first = pages.x;
     slots.count += pages.y - pages.x + 1;

@@ -2,10 +2,11 @@
 // The persistent decode kernel: every warp works through its share of the batch.
 #pragma once
 
-#include "oscar/exact_attention.cuh"
 #include "oscar/page_attention.cuh"
 #include "oscar/pipeline.cuh"
+#include "oscar/ring_attention.cuh"
 #include "oscar/schedule.cuh"
+#include "oscar/token_attention.cuh"
 
 namespace oscar {
 
@@ -16,6 +17,11 @@ constexpr int decode_warps(int head_dim, int n_tiles, int capability) {
   const bool enough = capability == 9 || (capability == 8 && n_tiles == 1);
   return enough && head_dim * n_tiles <= 128 ? 12 : 8;
 }
+
+// Whether warps take pages from each other: where that leaves registers enough.
+template <class Layout, int NTiles>
+constexpr bool kTakesPages = Layout::kHeadDim * NTiles <= 128;
+
 #ifdef __CUDA_ARCH__
 constexpr int kCapability = __CUDA_ARCH__ / 100;
 #else
@@ -33,7 +39,7 @@ struct WarpShared {
 
   // One past the units of the share that are of the part of the segment at `now`: pages, or ring and in-flight tokens.
   OSCAR_DEVICE int end() const {
-    return min(now.in_pages() ? now.request.units : now.request.exact, now.unit + left);
+    return min(now.in_pages() ? now.request.units : now.request.recent, now.unit + left);
   }
 };
 
@@ -77,46 +83,69 @@ OSCAR_DEVICE void attend_pages(int ring_start, PageBuffer<Layout>& buffer, Produ
   } while (next.continues());
 }
 
-// Units `unit` .. `end - 1` of the ring and in-flight tokens of the segment at `c`.
+// Ring pages `unit` .. `end - 1` of the segment at `c`.
 template <class Layout, int NTiles>
-OSCAR_DEVICE void attend_exact(int unit, int end, const Cursor& c, const DecodeParams& p, float scale_log2,
-                               PageBuffer<Layout>& buffer, Producer& next,
-                               const QueryRows<Layout::kTiles> (&query)[NTiles],
-                               Accumulator<Layout::kTiles> (&acc)[NTiles], int lane) {
-  const int first_row = c.row_block * 8 * NTiles + p.launch.first_token * p.group;  // of the step
+OSCAR_DEVICE void attend_ring(int unit, int end, const Cursor& c, const DecodeParams& p, float scale_log2,
+                              PageBuffer<Layout>& buffer, Producer& next,
+                              const QueryRows<Layout::kTiles> (&query)[NTiles],
+                              Accumulator<Layout::kTiles> (&acc)[NTiles], int lane) {
+  constexpr int kTokens = Layout::kRingTokens;
+  const int capacity = kTokens * p.cache.ring_pages;
   for (; unit < end; ++unit) {
     next.advance();
     const Request request = c.request;
-    const bool ring = unit < request.ring;
-    ExactTokens tokens;
-    bool readable;
-    if (ring) {
-      constexpr int kTokens = Layout::kRingTokens;
-      const int capacity = kTokens * p.cache.ring_pages;
-      const int index = request.ring_first + unit;
-      const int slot = (index < p.cache.ring_pages ? index : index - p.cache.ring_pages) * kTokens + lane;
-      const int age = slot - request.ring_start % capacity;  // from the oldest token on, cyclic
-      readable = lane < kTokens && (age < 0 ? age + capacity : age) < request.context - request.ring_start;
-      tokens.key = buffer.codes();
-      tokens.value = buffer.codes() + Layout::kRingTokenBytes / 2;
-      tokens.key_stride = tokens.value_stride = Layout::kRingTokenBytes;
-      tokens.position = -kInFlightTokens;  // visible to every row
-      buffer.wait_values();
+    const int index = request.ring_first + unit;
+    const int slot = (index < p.cache.ring_pages ? index : index - p.cache.ring_pages) * kTokens;
+    const int age_of_first = slot - request.ring_start % capacity;  // from the oldest token on, cyclic
+    const auto readable = [&](int token) {
+      const int age = age_of_first + token;
+      return token < kTokens && (age < 0 ? age + capacity : age) < request.context - request.ring_start;
+    };
+    buffer.wait_values();
+    if constexpr (Layout::kInt8Ring) {
+#pragma unroll 1
+      for (int first = 0; first < kTokens; first += 16) {
+        const uint32_t valid = __ballot_sync(kFullWarp, lane < 16 && readable(first + lane));
+        if (valid) attend_int8_tokens<Layout>(buffer.codes(), first, valid, query, acc, lane);
+      }
     } else {
-      fill_all(buffer, next);  // these tokens do not need the buffer
-      tokens.position = (unit - request.ring) * kInFlightTokens;
-      readable = tokens.position + lane < request.query_len;
-      const int64_t token = request.begin + tokens.position;
-      tokens.key = token_address(p.key, token, c.head);
-      tokens.value = token_address(p.value, token, c.head);
-      tokens.key_stride = p.key.token;
-      tokens.value_stride = p.value.token;
+      static_assert(Layout::kInt8Ring || kTokens <= 32, "all tokens of a 16-bit ring page at once");
+      Tokens tokens;
+      tokens.key = buffer.codes();
+      tokens.value = buffer.codes() + Layout::kRingRowBytes;
+      tokens.key_stride = tokens.value_stride = 2 * Layout::kRingRowBytes;
+      tokens.position = -kInFlightTokens;  // visible to every row
+      tokens.valid = __ballot_sync(kFullWarp, readable(lane));
+      if (p.dtype == OSCAR_BF16) attend_tokens<true>(tokens, query, 0, p.group, scale_log2, acc, lane);
+      else attend_tokens<false>(tokens, query, 0, p.group, scale_log2, acc, lane);
     }
-    tokens.valid = __ballot_sync(kFullWarp, readable);
+    __syncwarp();
+    fill_all(buffer, next);
+  }
+}
+
+// Units `unit` .. `end - 1` of the in-flight tokens of the segment at `c`.
+template <class Layout, int NTiles>
+OSCAR_DEVICE void attend_in_flight(int unit, int end, const Cursor& c, const DecodeParams& p, float scale_log2,
+                                   PageBuffer<Layout>& buffer, Producer& next,
+                                   const QueryRows<Layout::kTiles> (&query)[NTiles],
+                                   Accumulator<Layout::kTiles> (&acc)[NTiles], int lane) {
+  const int first_row = c.row_block * 8 * NTiles + p.launch.first_token * p.group;  // of the step
+  for (; unit < end; ++unit) {
+    next.advance();
+    fill_all(buffer, next);  // these tokens do not need the buffer
+    const Request request = c.request;
+    Tokens tokens;
+    tokens.position = (unit - request.ring) * kInFlightTokens;
+    const int64_t token = request.begin + tokens.position;
+    tokens.key = token_address(p.key, token, c.head);
+    tokens.value = token_address(p.value, token, c.head);
+    tokens.key_stride = p.key.token;
+    tokens.value_stride = p.value.token;
+    tokens.valid = __ballot_sync(kFullWarp, tokens.position + lane < request.query_len);
     if (p.dtype == OSCAR_BF16) attend_tokens<true>(tokens, query, first_row, p.group, scale_log2, acc, lane);
     else attend_tokens<false>(tokens, query, first_row, p.group, scale_log2, acc, lane);
     __syncwarp();
-    if (ring) fill_all(buffer, next);
   }
 }
 
@@ -124,7 +153,7 @@ template <class Layout, int NTiles>
 __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kCapability), 1)
     decode_kernel(const __grid_constant__ DecodeParams p) {
   constexpr int kRows = 8 * NTiles, kTiles = Layout::kTiles;
-  constexpr Tiling kTiling{kRows, Layout::kRingTokens, Layout::kHeadDim * NTiles <= 128};
+  constexpr Tiling kTiling{kRows, Layout::kRingTokens, kTakesPages<Layout, NTiles>};
   extern __shared__ __align__(128) uint8_t raw[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int g = lane >> 2, t = lane & 3;
@@ -157,16 +186,17 @@ __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kC
   while (true) {
     const bool pages = now.in_pages();
     const int first_row = now.row_block * kRows;
+    const auto query_row = [&](int n) -> const uint8_t* {
+      const int row = first_row + 8 * n + g;
+      if (row >= now.request.rows) return nullptr;
+      const int64_t token = now.request.begin + p.launch.first_token + row / p.group;
+      return token_address(p.query, token, now.head * p.group + row % p.group);
+    };
     const uint8_t* source[NTiles];
 #pragma unroll
     for (int n = 0; n < NTiles; ++n) {
       acc[n].reset();
-      const int row = first_row + 8 * n + g;
-      source[n] = nullptr;
-      if (row < now.request.rows) {
-        const int64_t token = now.request.begin + p.launch.first_token + row / p.group;
-        source[n] = token_address(p.query, token, now.head * p.group + row % p.group);
-      }
+      source[n] = query_row(n);
     }
     if (!started) {
       wait_for_previous_grid();
@@ -179,21 +209,35 @@ __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kC
     if (pages) {
 #pragma unroll
       for (int n = 0; n < NTiles; ++n) query[n].rotate(p.dtype == OSCAR_BF16, scale_log2, lane);
+      attend_pages<Layout, NTiles>(now.request.ring_start, buffer, next, query, acc, lane);
+    } else {
+      if (now.in_ring()) {
+        if constexpr (Layout::kInt8Ring) {
+#pragma unroll
+          for (int n = 0; n < NTiles; ++n) query[n].to_half(p.dtype == OSCAR_BF16, scale_log2, lane);
+        }
+        const int end = min(now.request.ring, shared.end());
+        attend_ring<Layout, NTiles>(now.unit, end, now, p, scale_log2, buffer, next, query, acc, lane);
+        if (Layout::kInt8Ring && now.request.ring < shared.end()) {
+#pragma unroll
+          for (int n = 0; n < NTiles; ++n) query[n].load(query_row(n), lane);
+        }
+      }
+      attend_in_flight<Layout, NTiles>(max(now.unit, now.request.ring), shared.end(), now, p, scale_log2, buffer, next,
+                                       query, acc, lane);
     }
-    if (pages) attend_pages<Layout, NTiles>(now.request.ring_start, buffer, next, query, acc, lane);
-    else attend_exact<Layout, NTiles>(now.unit, shared.end(), now, p, scale_log2, buffer, next, query, acc, lane);
 
     // Read again what the registers had no room for.
     const int rows = min(now.request.rows - now.row_block * kRows, kRows);
     const int end = shared.end();
-    const int part_begin = pages ? now.request.exact : 0, part_end = pages ? now.request.units : now.request.exact;
+    const int part_begin = pages ? now.request.recent : 0, part_end = pages ? now.request.units : now.request.recent;
     const int part = 2 * segment_index(p, now.index, now.head, now.row_block) + (pages ? 1 : 0);
     const int slot = shared.walk.rank + part;
 #pragma unroll
     for (int n = 0; n < NTiles; ++n) {
       float* target = p.partial + (static_cast<int64_t>(slot) * p.slot_rows + 8 * n) * Layout::kHeadDim;
       if (pages) write_page_result<Layout>(acc[n], target, rows - 8 * n, lane);
-      else write_exact_result(acc[n], target, rows - 8 * n, lane);
+      else write_token_result(acc[n], target, rows - 8 * n, lane);
       if (g == 0) {
         float2* max_sum = p.max_sum + static_cast<int64_t>(slot) * p.slot_rows + 8 * n;
 #pragma unroll

@@ -27,14 +27,14 @@ OSCAR_DEVICE Fragment two_bit_fragment(uint32_t word, int r) {
   return {{x & 0x00030003u, x & 0x000c000cu, x & 0x00300030u, x & 0x00c000c0u}};
 }
 
-// The codes of one word of either width. Wider keys merge the two planes once per
+// The codes of one word of any width. Wider codes merge their two planes once per
 // word: even and odd slots separately, since neighbours would overlap.
 template <int Bits>
-struct KeyWord {
+struct CodeWord {
   uint32_t even, odd;
 
-  // `high` is already rotated right by the block's index in its pair (3-bit keys).
-  OSCAR_DEVICE KeyWord(uint32_t low, uint32_t high)
+  // `high` is already rotated right by the block's index in its pair (3 bits).
+  OSCAR_DEVICE CodeWord(uint32_t low, uint32_t high)
       : even(select_bits<0x33333333u>(low, high)), odd(select_bits<0xccccccccu>(low, high)) {}
 
   OSCAR_DEVICE Fragment fragment(int r) const {
@@ -46,9 +46,9 @@ struct KeyWord {
 };
 
 template <>
-struct KeyWord<2> {
+struct CodeWord<2> {
   uint32_t word;
-  OSCAR_DEVICE KeyWord(uint32_t low, uint32_t) : word(low) {}
+  OSCAR_DEVICE CodeWord(uint32_t low, uint32_t) : word(low) {}
   OSCAR_DEVICE Fragment fragment(int r) const { return two_bit_fragment(word, r); }
 };
 
@@ -56,6 +56,29 @@ struct KeyWord<2> {
 OSCAR_DEVICE uint4 load_words(const uint8_t* section, int block, int chunk, int chunks, int lane) {
   return *reinterpret_cast<const uint4*>(section + (block * chunks + chunk) * 512 + lane * 16);
 }
+
+// The same words of the high plane: of 3-bit codes, those of two blocks together.
+template <int Bits>
+OSCAR_DEVICE uint4 load_high_words(const uint8_t* section, int block, int chunk, int chunks, int lane) {
+  if constexpr (Bits == 2) return uint4{};
+  else return load_words(section, Bits == 3 ? block / 2 : block, chunk, chunks, lane);
+}
+
+// A word of the high plane as CodeWord expects it.
+template <int Bits>
+OSCAR_DEVICE uint32_t align_high(uint32_t word, int block) {
+  return Bits == 3 ? __funnelshift_r(word, word, block & 1) : word;
+}
+
+// Four int8 bytes, each with 128 added modulo 256: bytes `Selector & 3` and `Selector >> 8 & 3` as fp16
+// numbers, in units of 1/128. 0x64 above a byte makes it 1024 + byte; all of this is exact.
+template <uint32_t Selector>
+OSCAR_DEVICE uint32_t bytes_to_half2(uint32_t biased) {
+  constexpr uint32_t kHalf2Unit = 0x20002000u, kHalf2MinusNine = 0xc880c880u;  // 1/128; (1024 + 128) / 128
+  return fma_half2(__byte_perm(biased, 0x64646464u, Selector), kHalf2Unit, kHalf2MinusNine);
+}
+constexpr uint32_t kByteBias = 0x80808080u;
+constexpr uint32_t kBytes01 = 0x4140u, kBytes23 = 0x4342u, kBytes02 = 0x4240u, kBytes13 = 0x4341u;
 
 // Key scales or zeros of chunk `chunk` (four tiles) for this lane: fp16 pairs [tile][b].
 template <class Layout>

@@ -37,17 +37,36 @@ OSCAR_DEVICE void zero_products(const uint8_t* params, bool one_group, const Que
   for (int j = 0; j < 4; ++j) result[j] = half[0][j] + half[1][j];
 }
 
-// The product of the exact first key and the query, in every row of the result.
+// The product of the first key's bytes and the query, in every row of the result and units of 1/128.
 template <class Layout>
 OSCAR_DEVICE void first_key_product(const uint8_t* params, const QueryRows<Layout::kTiles>& query, int lane,
                                     float (&result)[4]) {
-  const uint32_t* key = reinterpret_cast<const uint32_t*>(params + Layout::kFirstKey) + (lane & 3) * 2 * Layout::kTiles;
+  const uint32_t* key = reinterpret_cast<const uint32_t*>(params + Layout::kFirstKey) + (lane & 3) * Layout::kTiles;
 #pragma unroll
   for (int j = 0; j < 4; ++j) result[j] = 0.f;
 #pragma unroll
-  for (int i = 0; i < 2 * Layout::kTiles; i += 2) {
-    mma_f16(result, key[i], key[i], key[i + 1], key[i + 1], query.pairs[i],
-            mul_half2(query.pairs[i + 1], kHalf2Sixteen));
+  for (int tile = 0; tile < Layout::kTiles; ++tile) {
+    const uint32_t bytes = key[tile] ^ kByteBias;
+    const uint32_t low = bytes_to_half2<kBytes01>(bytes), high = bytes_to_half2<kBytes23>(bytes);
+    mma_f16(result, low, low, high, high, query.pairs[2 * tile],
+            mul_half2(query.pairs[2 * tile + 1], kHalf2Sixteen));
+  }
+}
+
+// Add what the codes of the first token, which are 0, leave out: its bytes, in units as those of codes.
+// `weight` is that of attend_page() for the page's first 32 tokens.
+template <class Layout, int NTiles>
+OSCAR_DEVICE void add_first_value(const uint8_t* params, const uint32_t (&weight)[NTiles][2][Layout::kValueGroups][2],
+                                  Accumulator<Layout::kTiles> (&acc)[NTiles], int lane) {
+  const uint16_t* bytes = reinterpret_cast<const uint16_t*>(params + Layout::kFirstValue) + (lane >> 2) * Layout::kTiles;
+#pragma unroll
+  for (int tile = 0; tile < Layout::kTiles; ++tile) {
+    const uint32_t pair = (lane & 3) == 0 ? bytes[tile] : 0u;  // token 0 is the lower half of these lanes' registers
+    const uint32_t lower = pair & 0xffu, upper = pair >> 6 & 0x3fcu;
+#pragma unroll
+    for (int n = 0; n < NTiles; ++n) {
+      mma_f16(acc[n].out[tile], lower, upper, 0u, 0u, weight[n][0][16 * tile / Layout::kValueGroup][0], 0u);
+    }
   }
 }
 
@@ -63,7 +82,7 @@ OSCAR_DEVICE void attend_page(const uint8_t* codes, const uint8_t* params, bool 
   // Two 32-token blocks at a time give enough independent products to hide their latency.
   constexpr int kBlocks = NTiles * kTiles <= 8 ? 2 : 1;
   const int g = lane >> 2, t = lane & 3;
-  const bool one_group = Layout::kExactFirstKey && first;
+  const bool one_group = Layout::kFirstToken && first;
 
   float zero[NTiles][4];
 #pragma unroll
@@ -95,16 +114,12 @@ OSCAR_DEVICE void attend_page(const uint8_t* codes, const uint8_t* params, bool 
           }
         }
         const uint4 low4 = load_words(codes + Layout::kKeyCodes, block, chunk, kChunks, lane);
-        uint4 high4 = {};
-        if constexpr (Layout::kKeyBits > 2) {  // 3-bit keys: one high word for two blocks
-          high4 = load_words(codes + Layout::kKeyHigh, Layout::kKeyBits == 3 ? block / 2 : block, chunk, kChunks, lane);
-        }
+        const uint4 high4 = load_high_words<Layout::kKeyBits>(codes + Layout::kKeyHigh, block, chunk, kChunks, lane);
         const uint32_t low[4] = {low4.x, low4.y, low4.z, low4.w};
         const uint32_t high[4] = {high4.x, high4.y, high4.z, high4.w};
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const uint32_t upper = Layout::kKeyBits == 3 ? __funnelshift_r(high[j], high[j], block & 1) : high[j];
-          const KeyWord<Layout::kKeyBits> word(low[j], upper);
+          const CodeWord<Layout::kKeyBits> word(low[j], align_high<Layout::kKeyBits>(high[j], block));
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
             const Fragment f = word.fragment(r);
@@ -135,11 +150,11 @@ OSCAR_DEVICE void attend_page(const uint8_t* codes, const uint8_t* params, bool 
         }
       }
       if (one_group && base == 0) {
-        float exact[4];
-        first_key_product<Layout>(params, query[n], lane, exact);
+        float first_key[4];
+        first_key_product<Layout>(params, query[n], lane, first_key);
         if (g == 0) {
-          score[n][0][0] = exact[0] * query[n].factor[0];
-          score[n][0][1] = exact[1] * query[n].factor[1];
+          score[n][0][0] = first_key[0] * (128.f * query[n].factor[0]);
+          score[n][0][1] = first_key[1] * (128.f * query[n].factor[1]);
         }
       }
     }
@@ -197,16 +212,22 @@ OSCAR_DEVICE void attend_page(const uint8_t* codes, const uint8_t* params, bool 
           }
         }
       }
+      if (i == 0 && one_group && base == 0) add_first_value<Layout>(params, weight, acc, lane);
 #pragma unroll
       for (int chunk = 0; chunk < kChunks; ++chunk) {
-        const uint4 words4 = load_words(codes + Layout::kValueCodes, base + i, chunk, kChunks, lane);
-        const uint32_t words[4] = {words4.x, words4.y, words4.z, words4.w};
+        constexpr int kBits = Layout::kValueBits;
+        const uint4 low4 = load_words(codes + Layout::kValueCodes, base + i, chunk, kChunks, lane);
+        const uint4 high4 = load_high_words<kBits>(codes + Layout::kValueHigh, base + i, chunk, kChunks, lane);
+        const CodeWord<kBits> words[4] = {{low4.x, align_high<kBits>(high4.x, base + i)},
+                                          {low4.y, align_high<kBits>(high4.y, base + i)},
+                                          {low4.z, align_high<kBits>(high4.z, base + i)},
+                                          {low4.w, align_high<kBits>(high4.w, base + i)}};
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             const int tile = 4 * chunk + j, v = 16 * tile / Layout::kValueGroup;
-            const Fragment f = two_bit_fragment(words[j], r);
+            const Fragment f = words[j].fragment(r);
 #pragma unroll
             for (int n = 0; n < NTiles; ++n) {
               mma_f16(acc[n].out[tile], f.a[0], f.a[1], f.a[2], f.a[3], weight[n][r][v][0], weight[n][r][v][1]);

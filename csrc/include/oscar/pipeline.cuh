@@ -49,9 +49,9 @@ class PageBuffer {
                        Copy{shared_address(buffer_) + Layout::kValueCodes, page + Layout::kValueCodes, kValueBytes});
   }
 
-  // Fetch a page of 16-bit tokens over everything in the buffer.
+  // Fetch a ring page over everything in the buffer.
   OSCAR_DEVICE void fill_ring(const uint8_t* page) {
-    constexpr int kRingBytes = Layout::kRingTokens * Layout::kRingTokenBytes;
+    constexpr int kRingBytes = (Layout::kRingScales + Layout::kRingTokens * Layout::kRingScaleBytes + 15) / 16 * 16;
     CopyBarrier::start(values_, lane_, Copy{shared_address(buffer_), page, kRingBytes});
   }
 

@@ -36,6 +36,12 @@ OSCAR_DEVICE uint32_t mul_half2(uint32_t a, uint32_t b) {
   return d;
 }
 
+OSCAR_DEVICE uint32_t fma_half2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
 // Bits of `a` where `mask` is set, of `b` elsewhere: one instruction, which the compiler
 // does not find in the usual expression with two constants.
 template <uint32_t Mask>

@@ -5,12 +5,12 @@
 
 namespace oscar {
 
-// Eight query rows as B operands, either rotated for pages or as they are for 16-bit
-// tokens (exact_attention.cuh). Lane (g, t) holds a quarter of row g.
+// Eight query rows as B operands: rotated for pages, in fp16 for int8 tokens (ring_attention.cuh), or as they
+// are for 16-bit tokens (token_attention.cuh). Lane (g, t) holds a quarter of row g.
 template <int Tiles>
 struct QueryRows {
   uint32_t pairs[2 * Tiles];
-  float factor[2];  // rotated only: to log2 units, for columns 2*t and 2*t + 1
+  float factor[2];  // rotated or in fp16: to log2 units, for columns 2*t and 2*t + 1
 
   // The row as it is; null: zeros. Channels 32*i + 8*t .. + 7 in words 4*i .. 4*i + 3.
   OSCAR_DEVICE void load(const uint8_t* row, int lane) {
@@ -19,6 +19,30 @@ struct QueryRows {
       uint4 v = {};
       if (row) v = *reinterpret_cast<const uint4*>(row + 64 * i + 16 * (lane & 3));
       pairs[4 * i] = v.x, pairs[4 * i + 1] = v.y, pairs[4 * i + 2] = v.z, pairs[4 * i + 3] = v.w;
+    }
+  }
+
+  // What load() has loaded in fp16. Rows are scaled by powers of two to a common magnitude, so that
+  // bfloat16 rows neither overflow nor lose anything but channels a hundred thousand times smaller than others.
+  OSCAR_DEVICE void to_half(bool is_bf16, float scale_log2, int lane) {
+    const auto unpack = [&](uint32_t word) { return is_bf16 ? unpack_bfloat162(word) : unpack_half2(word); };
+    float top = 0x1p-100f;
+#pragma unroll
+    for (int i = 0; i < 2 * Tiles; ++i) {
+      const float2 pair = unpack(pairs[i]);
+      top = fmaxf(top, fmaxf(fabsf(pair.x), fabsf(pair.y)));
+    }
+    top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 2));
+    const float power = __uint_as_float(__float_as_uint(top) & 0x7f800000u), shrink = 4.f / power;
+#pragma unroll
+    for (int i = 0; i < 2 * Tiles; ++i) {
+      const float2 pair = unpack(pairs[i]);
+      pairs[i] = pack_half2(pair.x * shrink, pair.y * shrink);
+    }
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      factor[c] = __shfl_sync(kFullWarp, power, 4 * (2 * (lane & 3) + c)) / 4.f * scale_log2;
     }
   }
 

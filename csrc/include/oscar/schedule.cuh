@@ -3,7 +3,7 @@
 //
 // A segment is (request, KV head, row block), a row block being up to kRows query
 // rows. Its units of work are, in order,
-//   ring      one ring page of 16-bit tokens each, as far as it holds any that are needed
+//   ring      one ring page each, as far as it holds any tokens that are needed
 //   in-flight 32 of the step's own tokens each
 //   pages     128 quantized tokens each
 // and all cost about the same. The units of all segments form one line, of which
@@ -44,7 +44,7 @@ struct DecodeParams : OscarAttentionParams {
 struct Tiling {
   int rows;         // of a row block
   int ring_tokens;  // of a ring page
-  bool take;        // whether warps take pages from each other: where that leaves registers enough
+  bool take;        // whether warps take pages from each other
 };
 
 // The per-request numbers that everything else derives from.
@@ -52,7 +52,7 @@ struct Request : StepTokens {
   int ring_start;
   int rows;                            // query rows of this launch
   int ring_first;                      // index of the ring page that holds the oldest token
-  int row_blocks, ring, exact, units;  // units: of the ring, with those in flight, all
+  int row_blocks, ring, recent, units;  // units: of the ring, with those in flight, all
 
   Request() = default;
   OSCAR_DEVICE Request(const DecodeParams& p, int request, const Tiling& tiling) : StepTokens(p.step, request) {
@@ -68,8 +68,8 @@ struct Request : StepTokens {
       ring_first = oldest / tiling.ring_tokens;
       ring = (oldest % tiling.ring_tokens + held + tiling.ring_tokens - 1) / tiling.ring_tokens;
     }
-    exact = ring + (p.launch.first_token + tokens + kInFlightTokens - 1) / kInFlightTokens;
-    units = exact + pages_before(ring_start);
+    recent = ring + (p.launch.first_token + tokens + kInFlightTokens - 1) / kInFlightTokens;
+    units = recent + pages_before(ring_start);
   }
 };
 
@@ -82,12 +82,12 @@ struct Cursor {
   Request request;
   int index, head, row_block, unit;
 
-  OSCAR_DEVICE bool in_pages() const { return unit >= request.exact; }
+  OSCAR_DEVICE bool in_pages() const { return unit >= request.recent; }
   OSCAR_DEVICE bool in_ring() const { return unit < request.ring; }
 
   // One past the units of the same kind that begin here.
   OSCAR_DEVICE int run_end() const {
-    return in_pages() ? request.units : in_ring() ? request.ring : request.exact;
+    return in_pages() ? request.units : in_ring() ? request.ring : request.recent;
   }
 
   // To `next`, a unit of this segment or its end, and then to the next segment; the caller
@@ -230,7 +230,7 @@ class Producer {
     kind_ = c.in_pages() ? kPage : c.in_ring() ? kRing : kInFlight;
     if (kind_ == kInFlight) return;
     const bool page = kind_ == kPage;
-    page_ = page ? c.unit - c.request.exact : c.unit;
+    page_ = page ? c.unit - c.request.recent : c.unit;
     const int32_t* row = page ? page_row(p_.step, c.index) : ring_row(p_.step, c.index);
     const uint8_t* base = page ? page_address(p_.cache, 0, c.head) : ring_page_address(p_.cache, 0, c.head);
     if (lane_ == 0) {

@@ -56,13 +56,21 @@ OSCAR_HOST_DEVICE uint8_t* ring_page_address(const OscarCache& cache, int block,
   return cache.ring + block * cache.ring_block + head * cache.ring_head;
 }
 
-// A position's key in the ring whose table row is `row`; its value follows it. The ring's geometry comes as arguments
-// where it is a constant of the kernel.
+// A position's key in the ring whose table row is `row`; its value follows it. token_bytes: of both, without scales.
+// The ring's geometry comes as arguments where it is a constant of the kernel.
 OSCAR_HOST_DEVICE uint8_t* ring_token(const OscarCache& cache, const int32_t* row, int head, int position,
                                       int tokens_per_page, int token_bytes) {
   const int slot = position % (tokens_per_page * cache.ring_pages);
   return ring_page_address(cache, row[slot / tokens_per_page], head) +
          static_cast<int64_t>(slot % tokens_per_page) * token_bytes;
+}
+
+// The fp16 scale of a position's key in an int8 ring; its value's follows it. Scales stand behind the page's tokens.
+OSCAR_HOST_DEVICE uint8_t* ring_scales(const OscarCache& cache, const int32_t* row, int head, int position,
+                                       int tokens_per_page, int head_dim) {
+  const int slot = position % (tokens_per_page * cache.ring_pages);
+  return ring_page_address(cache, row[slot / tokens_per_page], head) +
+         static_cast<int64_t>(tokens_per_page) * 2 * head_dim + slot % tokens_per_page * 4;
 }
 
 // A head of a row of the step's tokens.

@@ -33,6 +33,10 @@ inline float2 unpack_bfloat162(uint32_t w) { return {bfloat16_to_float(w & 0xfff
 inline uint32_t mul_half2(uint32_t a, uint32_t b) {
   return pack_half2(half_to_float(a) * half_to_float(b), half_to_float(a >> 16) * half_to_float(b >> 16));
 }
+inline uint32_t fma_half2(uint32_t a, uint32_t b, uint32_t c) {
+  const auto fma = [&](int s) { return std::fma(half_to_float(a >> s), half_to_float(b >> s), half_to_float(c >> s)); };
+  return pack_half2(fma(0), fma(16));
+}
 template <uint32_t Mask>
 uint32_t select_bits(uint32_t a, uint32_t b) {  // lop3 with table 0xe4, bit by bit
   uint32_t d = 0;

@@ -50,9 +50,10 @@ def codes_to_half(bits, CODES: tl.constexpr):
 
 @triton.jit
 def half_dot(a, b, acc, PRECISE: tl.constexpr):
-    """``acc + a @ b`` with fp16 ``b``; PRECISE splits a float32 ``a`` in two halves."""
+    """``acc + a @ b`` with fp16 ``b``; PRECISE splits a float32 ``a`` in two halves of like size."""
     high = a.to(tl.float16)
     acc = tl.dot(high, b, acc)
     if PRECISE:
-        acc = tl.dot((a - high.to(tl.float32)).to(tl.float16), b, acc)
+        low = (a - high.to(tl.float32)) * 2048
+        acc += tl.dot(low.to(tl.float16), b) * (1 / 2048)
     return acc

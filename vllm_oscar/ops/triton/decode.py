@@ -2,7 +2,7 @@
 """Split-KV attention for short queries, and the rotation of queries and outputs.
 
 One program attends ``BLOCK_Q`` tokens x the query heads of one KV head over one split:
-split 0 is the exact tail (ring and the step's own tokens), the others share the pages
+split 0 is the tail (ring and the step's own tokens), the others share the pages
 evenly. The grid depends on shapes alone, so one CUDA graph serves all lengths. Page
 splits work in the rotated space; the combine kernel rotates their sum back.
 """

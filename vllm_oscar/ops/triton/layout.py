@@ -12,6 +12,11 @@ probabilities. The words are read as 16-bit halves:
 * values: tile ``[tokens, columns]``; column ``c`` is ``(g, tile)`` of a chunk, and holds
   channel ``16*tile + 8*j0 + g``: two accumulators, ``j0`` in {0, 1}.
 
+Words of the high planes are read alike and multiplied on their own. As these planes are
+rotated by two bits, one slot lies in the other half of its word: for keys that is the
+column beside it, for values the token beside it, and so that slot's product takes the
+query, or the weights, with neighbours exchanged.
+
 A masked 16-bit half is an fp16 subnormal ``code * 4**slot * 2**-24``, exact on tensor
 cores; where the matrix unit flushes subnormals, ``1024 + x`` minus 1024 is taken instead.
 """
@@ -28,6 +33,7 @@ import triton.language as tl
 from vllm_oscar.core.config import NormScope, ParamType
 from vllm_oscar.core.format import PageFormat
 from vllm_oscar.core.hadamard import hadamard
+from vllm_oscar.core.ring import RingType
 
 
 def is_interpreted() -> bool:
@@ -46,23 +52,31 @@ class Layout(NamedTuple):
     DIM_PAD: tl.constexpr  # power of two
     HALF_PAD: tl.constexpr  # columns of a tile: power of two not less than DIM / 2
     KEY_BITS: tl.constexpr
+    VALUE_BITS: tl.constexpr
     KEY_GROUP: tl.constexpr
     FP16_PARAMS: tl.constexpr
     VALUE_GROUPS: tl.constexpr
     VALUE_GROUP: tl.constexpr
     HAS_NORM: tl.constexpr
     JOINT_NORM: tl.constexpr
-    EXACT_FIRST: tl.constexpr
+    KEY_GAIN: tl.constexpr
+    VALUE_GAIN: tl.constexpr
+    FIRST_TOKEN: tl.constexpr
     INTEGER_ZERO: tl.constexpr
     K_HIGH: tl.constexpr
     V_CODES: tl.constexpr
+    V_HIGH: tl.constexpr
     K_PARAMS: tl.constexpr
+    FIRST_KEY: tl.constexpr  # in the first page of a sequence, if FIRST_TOKEN
+    FIRST_VALUE: tl.constexpr
     V_SCALE: tl.constexpr
     V_ZERO: tl.constexpr
     NORMS: tl.constexpr
     PADDING: tl.constexpr
     PAGE_BYTES: tl.constexpr
+    RING_INT8: tl.constexpr
     RING_TOKENS: tl.constexpr  # tokens per ring page
+    RING_SCALES: tl.constexpr  # behind the tokens of a ring page, if RING_INT8
     ROTATION_SCALE: tl.constexpr  # 1 / sqrt(DIM): the tables hold signs
 
 
@@ -75,23 +89,31 @@ def page_layout(fmt: PageFormat, itemsize: int) -> Layout:
         DIM_PAD=padded(fmt.head_dim),
         HALF_PAD=padded(fmt.head_dim // 2),
         KEY_BITS=config.key_bits,
+        VALUE_BITS=config.value_bits,
         KEY_GROUP=config.key_group,
         FP16_PARAMS=config.key_param is ParamType.FP16,
         VALUE_GROUPS=fmt.value_groups,
         VALUE_GROUP=config.value_group,
         HAS_NORM=config.norm is not NormScope.NONE,
         JOINT_NORM=config.norm is NormScope.JOINT,
-        EXACT_FIRST=config.exact_first_key,
+        KEY_GAIN=config.key_gain,
+        VALUE_GAIN=config.value_gain,
+        FIRST_TOKEN=config.first_token,
         INTEGER_ZERO=config.integer_zero,
         K_HIGH=sections["k_high"],
         V_CODES=sections["v_codes"],
+        V_HIGH=sections["v_high"],
         K_PARAMS=sections["k_params"],
+        FIRST_KEY=fmt.first_key.offset,
+        FIRST_VALUE=fmt.first_value.offset,
         V_SCALE=sections["v_scale"],
         V_ZERO=sections["v_zero"],
         NORMS=sections["norms"],
         PADDING=fmt.sections["norms"].end,
         PAGE_BYTES=fmt.page_bytes,
+        RING_INT8=config.ring is RingType.INT8,
         RING_TOKENS=fmt.ring_tokens_per_page(itemsize),
+        RING_SCALES=fmt.ring_tokens_per_page(itemsize) * 2 * fmt.head_dim,
         ROTATION_SCALE=fmt.head_dim**-0.5,
     )
     return Layout(**{name: _constant(value) for name, value in fields.items()})

@@ -8,7 +8,15 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from vllm_oscar.ops.triton.codes import codes_to_half, e4m3_to_half, half_dot, slot_codes
+from vllm_oscar.ops.triton.codes import e4m3_to_half, half_dot
+from vllm_oscar.ops.triton.subsets import (
+    Subset,
+    add_subset_values,
+    column_offsets,
+    load_columns,
+    slot_of,
+    subset_scores,
+)
 from vllm_oscar.ops.triton.tokens import LOG2E, as_pointer
 
 
@@ -29,16 +37,6 @@ class PageSums(NamedTuple):
     zero: tl.tensor  # [rows] sum of p * value zero
     acc0: tl.tensor  # [rows, HALF_PAD] value columns j0 = 0, scaled as in rotated_output
     acc1: tl.tensor  # j0 = 1
-
-
-class Subset(NamedTuple):
-    """Where the tokens of a subset are, each ``[tokens]``, from the subset's first 16-token tile and slot on."""
-
-    g: tl.tensor
-    r: tl.tensor
-    j: tl.tensor
-    tile16: tl.tensor
-    quad: tl.tensor  # b, half in v_scale and v_zero
 
 
 @triton.jit
@@ -64,178 +62,12 @@ def load_key_params(page, base, cell, half, F: tl.constexpr, mask):
 
 
 @triton.jit
-def load_columns(pointer, is_column, F: tl.constexpr):
-    """Load with a mask only where tiles have padding."""
-    if F.DIM == F.DIM_PAD:
-        return tl.load(pointer)
-    else:
-        return tl.load(pointer, mask=is_column, other=0)
-
-
-@triton.jit
 def dot_vector(q, x0, x1, F: tl.constexpr, M: tl.constexpr):
     """Logits with one key ``x0, x1 [HALF_PAD]``; as a product, it needs the queries in no second layout."""
     acc = tl.zeros([q.q0.shape[0], 8], tl.float32)
     acc = half_dot(q.q0, tl.broadcast_to(x0[:, None], [F.HALF_PAD, 8]), acc, M.PRECISE)
     acc = half_dot(q.q1, tl.broadcast_to(x1[:, None], [F.HALF_PAD, 8]), acc, M.PRECISE)
     return tl.max(acc, 1) * q.scale
-
-
-@triton.jit
-def column_offsets(F: tl.constexpr):
-    """Of every column: chunk, position in it, tiles of the chunk."""
-    HALF_PAD: tl.constexpr = F.HALF_PAD
-    column = tl.arange(0, HALF_PAD)
-    chunk = column // 32
-    if F.DIM % 64 == 0:
-        width = tl.full([HALF_PAD], 4, tl.int32)
-    else:
-        width = tl.maximum(tl.minimum(F.DIM // 16 - 4 * chunk, 4), 1)
-    return chunk, column % 32, width
-
-
-@triton.jit
-def slot_of(tile16, FOLD: tl.constexpr, PART: tl.constexpr):
-    """16-token tile and slot j at which a subset starts, ``tile16`` being its group's first tile."""
-    if FOLD == 1:
-        return tile16 + PART // 2, PART % 2
-    else:
-        return tile16 + PART, 0
-
-
-@triton.jit
-def subset_scores(
-    words,  # [HALF_PAD, tokens]
-    high,  # words of the high plane; of 3-bit keys: [HALF_PAD, tokens / 2] for two blocks each
-    q,  # RotatedQuery times key scales
-    subset,
-    group,
-    F: tl.constexpr,
-    M: tl.constexpr,
-    PART: tl.constexpr,
-):
-    """``q * scale @ codes`` of one token subset, ``[rows, tokens]``, in units of ``4**-J`` and CODES."""
-    R: tl.constexpr = PART // 2 if M.FOLD == 1 else PART
-    J: tl.constexpr = PART % 2 if M.FOLD == 1 else 0
-    ROWS: tl.constexpr = q.q0.shape[0]
-    s = tl.zeros([ROWS, words.shape[1]], tl.float32)
-    if M.FOLD == 1:
-        s = half_dot(q.q0, slot_codes(words, 8 * R, 0x3 << (2 * J), 0, M.CODES), s, M.PRECISE)
-        s = half_dot(q.q1, slot_codes(words, 8 * R, 0x30 << (2 * J), 0, M.CODES), s, M.PRECISE)
-    else:
-        low = (words >> (8 * (subset.r + R) + 2 * subset.j).to(tl.uint16)[None, :]).to(tl.uint16)
-        s = half_dot(q.q0, slot_codes(low, 0, 0x3, 0, M.CODES), s, M.PRECISE)
-        s = half_dot(q.q1, slot_codes(low, 0, 0x30, 0, M.CODES), s, M.PRECISE)
-    if F.KEY_BITS == 4:
-        s += high_scores(high, q, subset, F, M, R, J, 3, 0)
-    if F.KEY_BITS == 3:
-        if F.KEY_GROUP == 32:
-            own = (high >> (group % 2).to(tl.uint16)).to(tl.uint16)
-            s += high_scores(own, q, subset, F, M, R, J, 1, 0)
-        else:
-            SLOTS: tl.constexpr = 8 * M.FOLD
-            even = high_scores(high, q, subset, F, M, R, J, 1, 0)
-            odd = high_scores(high, q, subset, F, M, R, J, 1, 1)
-            both = tl.join(even, odd)  # [rows, (pair, slot), block of the pair]
-            both = tl.permute(tl.reshape(both, [ROWS, high.shape[1] // SLOTS, SLOTS, 2]), [0, 1, 3, 2])
-            s += tl.reshape(both, [ROWS, words.shape[1]])
-    return s
-
-
-@triton.jit
-def high_scores(
-    high,
-    q,
-    subset,
-    F: tl.constexpr,
-    M: tl.constexpr,
-    R: tl.constexpr,
-    J: tl.constexpr,
-    FIELD: tl.constexpr,  # bits of the block in a field of the high plane
-    B: tl.constexpr,  # and their position in it
-):
-    """The high plane's part of :func:`subset_scores`. Its fields lie two bits above those of the codes.
-
-    A product of its own lets both planes go from memory to the operands unmixed. The plane
-    is rotated by two bits: its slot (r, j, j1) = (1, 1, 1) lies in the other half.
-    """
-    s = tl.zeros([q.q0.shape[0], high.shape[1]], tl.float32)
-    if M.FOLD == 1:
-        s = half_dot(q.q0, slot_codes(high, 8 * R + B, FIELD << (2 * J + 2), 0, M.CODES), s, M.PRECISE)
-        if R == 1 and J == 1:
-            s = half_dot(q.q2, slot_codes(high, B, FIELD, 6, M.CODES), s, M.PRECISE)
-        else:
-            s = half_dot(q.q1, slot_codes(high, 8 * R + B, FIELD << (2 * J + 6), 0, M.CODES), s, M.PRECISE)
-    else:
-        j = subset.j
-        r = subset.r
-        if F.KEY_BITS == 3 and F.KEY_GROUP > 32:  # tokens of both blocks share the tile
-            token = tl.arange(0, high.shape[1])
-            j = token // 8 % 2
-            r = token // 16 % 2 if M.FOLD == 4 else 0 * token
-        upper = (high >> (8 * (r + R) + 2 * j + B).to(tl.uint16)[None, :]).to(tl.uint16)
-        s = half_dot(q.q0, slot_codes(upper, 0, FIELD << 2, 0, M.CODES), s, M.PRECISE)
-        # a shift by 10 leaves zeros where the slot is in the other half
-        s = half_dot(q.q1, slot_codes(upper, 0, FIELD << 6, 0, M.CODES), s, M.PRECISE)
-        if M.FOLD == 4 or R == 1:
-            wrapped = (high >> B) & ((r + R) * j * FIELD).to(tl.uint16)[None, :]
-            s = half_dot(q.q2, codes_to_half((wrapped << 6).to(tl.uint16), M.CODES), s, M.PRECISE)
-    return s
-
-
-@triton.jit
-def add_subset_values(
-    words,  # [tokens, HALF_PAD]
-    p,  # [rows, tokens]
-    valid,
-    vscale_ptr,
-    vzero_ptr,
-    subset,
-    offsets,  # [rows, tokens]: sum of p * value zero over subsets
-    acc0,
-    acc1,
-    F: tl.constexpr,
-    M: tl.constexpr,
-    PART: tl.constexpr,
-):
-    """``p @ values`` of one token subset into the accumulators of :func:`attend_group`."""
-    R: tl.constexpr = PART // 2 if M.FOLD == 1 else PART
-    J: tl.constexpr = PART % 2 if M.FOLD == 1 else 0
-    VGROUPS: tl.constexpr = F.VALUE_GROUPS
-    t = subset.g // 2
-    if M.FOLD > 1:
-        words = (words >> (8 * (subset.r + R) + 4 * subset.j).to(tl.uint16)[:, None]).to(tl.uint16)
-    SHIFT: tl.constexpr = 8 * R if M.FOLD == 1 else 0
-    if VGROUPS == 1:
-        index = (subset.tile16 * 4 + t) * 4 + subset.quad
-        vscale = tl.load(vscale_ptr + index, mask=valid, other=0.0).to(tl.float32)
-        vzero = tl.load(vzero_ptr + index, mask=valid, other=0.0).to(tl.float32)
-        offsets += p * vzero[None, :]
-        # slots of token subset j = 1 hold code * 16
-        weight = p * (vscale * (0.0625 if J else 1.0))[None, :]
-        acc0 = half_dot(weight, slot_codes(words, SHIFT, 0x3 << (4 * J), 0, M.CODES), acc0, M.PRECISE)
-        acc1 = half_dot(weight, slot_codes(words, SHIFT, 0xC << (4 * J), 0, M.CODES), acc1, M.PRECISE)
-    else:  # scales and zeros vary along the channels: dequantize
-        chunk, rest, width = column_offsets(F)
-        is_column = tl.arange(0, F.HALF_PAD) < F.DIM // 2
-        in_page = valid[:, None] & is_column[None, :]
-        for j0 in tl.static_range(2):
-            vgroup = (16 * (4 * chunk + rest % width) + 8 * j0 + rest // width) // F.VALUE_GROUP
-            scale_index = ((subset.tile16 * 4 + t) * (4 * VGROUPS) + subset.quad)[:, None] + 4 * vgroup[None, :]
-            zero_index = (subset.tile16 * (16 * VGROUPS) + t * 4 + subset.quad)[:, None] + 16 * vgroup[None, :]
-            vscale = tl.load(vscale_ptr + scale_index, mask=in_page, other=0.0).to(tl.float32)
-            vzero = tl.load(vzero_ptr + zero_index, mask=in_page, other=0.0).to(tl.float32)
-            code = (words >> (SHIFT + 4 * J + 2 * j0)) & 3
-            value = code.to(tl.float32) * vscale + vzero
-            rounded = value.to(tl.float16)
-            left = half_dot(p, rounded, tl.zeros_like(acc0), M.PRECISE)
-            if M.PRECISE:
-                left = half_dot(p, (value - rounded.to(tl.float32)).to(tl.float16), left, M.PRECISE)
-            if j0 == 0:
-                acc0 += left
-            else:
-                acc1 += left
-    return offsets, acc0, acc1
 
 
 @triton.jit
@@ -264,7 +96,7 @@ def attend_group(
     page_index = index // GROUPS
     limit = end - page_index * 128
     page = cache.pages + head * cache.page_head + tl.load(table + page_index).to(tl.int64) * cache.page_block
-    exact_page = page_index == 0
+    first_page = page_index == 0
 
     column = tl.arange(0, HALF_PAD)
     is_column = column < HALF
@@ -307,18 +139,17 @@ def attend_group(
     vscale_ptr = as_pointer(page, F.V_SCALE, tl.float16)
     vzero_ptr = as_pointer(page, F.V_ZERO, tl.float16)
 
-    if F.EXACT_FIRST:
-        exact = tl.zeros_like(q.scale)
-        has_exact = exact_page & (group == 0)
-        if has_exact:
-            first_ptr = as_pointer(page, F.K_PARAMS + 2 * DIM * (2 if F.FP16_PARAMS else 1), tl.float16)
-            first0 = load_columns(first_ptr + 4 * cell + half, is_column, F)
-            first1 = load_columns(first_ptr + 4 * cell + 2 + half, is_column, F)
-            exact = dot_vector(q, first0, first1, F, M)
-
     param_base = group * 2 * DIM
-    if F.EXACT_FIRST:
-        param_base = tl.where(exact_page, 0, param_base)
+    if F.FIRST_TOKEN:
+        first_score = tl.zeros_like(q.scale)
+        has_first = first_page & (group == 0)
+        param_base = tl.where(first_page, 0, param_base)
+        if has_first:
+            byte_ptr = as_pointer(page, F.FIRST_KEY, tl.int8) + 4 * cell + half
+            byte0 = load_columns(byte_ptr, is_column, F).to(tl.float16)
+            byte1 = load_columns(byte_ptr + 2, is_column, F).to(tl.float16)
+            first_score = dot_vector(q, byte0, byte1, F, M)
+
     scale0, scale1, scale2 = load_key_params(page, param_base, cell, half, F, is_column)
     zero0, zero1, _ = load_key_params(page, param_base + DIM, cell, half, F, is_column)
     key_zero = dot_vector(q, zero0, zero1, F, M)
@@ -342,9 +173,9 @@ def attend_group(
         s = subset_scores(words, high, scaled, subset, group, F, M, part)
         unit = q.scale * (UNIT / (4 ** (part % 2) if M.FOLD == 1 else 1))
         s = s * unit[:, None] + key_zero[:, None]
-        if F.EXACT_FIRST:
+        if F.FIRST_TOKEN:
             if part == 0:
-                s = tl.where((has_exact & (token == 0))[None, :], exact[:, None], s)
+                s = tl.where((has_first & (token == 0))[None, :], first_score[:, None], s)
         first16, first8 = slot_of(group * 2 * BLOCKS, M.FOLD, part)
         valid = position < limit - 16 * first16 - 8 * first8
         if F.HAS_NORM:
@@ -365,7 +196,26 @@ def attend_group(
     if F.VALUE_GROUPS == 1:
         zero = zero * shrink
 
+    if F.FIRST_TOKEN:
+        if has_first:
+            weight = tl.sum(tl.where((token == 0)[None, :], tl.exp2(scores[0] - pivot[:, None]), 0.0), 1)
+            acc0, acc1 = add_first_value(page, weight, vscale_ptr, acc0, acc1, F, M)
+
     value_words = load_columns(value_ptr + group * (BLOCKS * 64 * TILES) + value_offset, is_column[None, :], F)
+    value_high = value_words
+    value_crossed = value_words
+    if F.VALUE_BITS > 2:
+        vhigh_ptr = as_pointer(page, F.V_HIGH, tl.uint16) + value_offset
+        if F.VALUE_BITS == 3:  # a word serves two blocks: each of its tokens loads it and moves its own bit down
+            vhigh_ptr += (group * BLOCKS) // 2 * (64 * TILES) - ((block - block // 2) * (64 * TILES))[:, None]
+            own = ((group * BLOCKS + block) % 2).to(tl.uint16)[:, None]
+        else:
+            vhigh_ptr += group * (BLOCKS * 64 * TILES)
+            own = tl.zeros([TOKENS, 1], tl.uint16)
+        value_high = (load_columns(vhigh_ptr, is_column[None, :], F) >> own).to(tl.uint16)
+        if F.VALUE_GROUPS > 1:
+            vhigh_ptr += (1 - 2 * (g % 2))[:, None]
+            value_crossed = (load_columns(vhigh_ptr, is_column[None, :], F) >> own).to(tl.uint16)
     weights = tl.zeros([q.q0.shape[0], TOKENS], tl.float32)
     offsets = tl.zeros([q.q0.shape[0], TOKENS], tl.float32)
     for part in tl.static_range(PARTS):
@@ -375,12 +225,45 @@ def attend_group(
         valid = position < limit - 16 * first16 - 8 * first8
         first = 16 * F.VALUE_GROUPS * first16 + 2 * first8
         offsets, acc0, acc1 = add_subset_values(
-            value_words, p, valid, vscale_ptr + first, vzero_ptr + first, subset, offsets, acc0, acc1, F, M, part
+            value_words,
+            value_high,
+            value_crossed,
+            p,
+            valid,
+            vscale_ptr + first,
+            vzero_ptr + first,
+            subset,
+            offsets,
+            acc0,
+            acc1,
+            F,
+            M,
+            part,
         )
     total += tl.sum(weights, 1)
     if F.VALUE_GROUPS == 1:
         zero += tl.sum(offsets, 1)
     return PageSums(peak, total, zero, acc0, acc1)
+
+
+@triton.jit
+def add_first_value(page, weight, vscale_ptr, acc0, acc1, F: tl.constexpr, M: tl.constexpr):
+    """The sequence's first value, whose codes are 0: ``weight * scale * byte``; its zero is added as any other's."""
+    chunk, rest, width = column_offsets(F)
+    is_column = tl.arange(0, F.HALF_PAD) < F.DIM // 2
+    tile = 4 * chunk + rest % width
+    byte_ptr = page + F.FIRST_VALUE + rest // width * (2 * (F.DIM // 16)) + 2 * tile
+    byte0 = load_columns(byte_ptr, is_column, F).to(tl.float32)
+    byte1 = load_columns(byte_ptr + 1, is_column, F).to(tl.float32)
+    if F.VALUE_GROUPS == 1:
+        UNIT: tl.constexpr = 1.0 / 16777216.0 if M.CODES else 1.0
+        weight = weight * (tl.load(vscale_ptr).to(tl.float32) * UNIT)
+        byte1 = byte1 * 4
+    else:
+        channel = 16 * tile + rest // width
+        byte0 = byte0 * load_columns(vscale_ptr + 4 * (channel // F.VALUE_GROUP), is_column, F).to(tl.float32)
+        byte1 = byte1 * load_columns(vscale_ptr + 4 * ((channel + 8) // F.VALUE_GROUP), is_column, F).to(tl.float32)
+    return acc0 + weight[:, None] * byte0[None, :], acc1 + weight[:, None] * byte1[None, :]
 
 
 @triton.jit

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every kernel is called with, where a request's tokens are, and attention over 16-bit tokens.
+"""What every kernel is called with, where a request's tokens are, and attention over unpacked tokens.
 
 Arguments that belong together are one tuple: the step, the layer's cache, each of the
 layer's tensors. Request arithmetic and ring addressing are here and nowhere else.
@@ -178,20 +178,32 @@ def as_pointer(base, offset, element: tl.constexpr):
     return (base + offset).to(tl.pointer_type(element), bitcast=True)
 
 
-@triton.jit
-def ring_tokens(cache, row, head, position, is_token, element: tl.constexpr, F: tl.constexpr):
-    """Pointers to the keys at ``position`` in the ring of table row ``row``; the value is DIM elements behind.
+class RingTokens(NamedTuple):
+    """Where tokens of the ring are."""
 
-    ``position`` and ``head`` (int64) broadcast against each other.
+    data: tl.tensor  # pointers to keys; the value is DIM elements behind
+    scale: tl.tensor  # INT8: pointers to fp16 key scales; the value's is one behind
+
+
+@triton.jit
+def ring_tokens(cache, row, head, position, is_token, MODEL: tl.constexpr, F: tl.constexpr):
+    """:class:`RingTokens` at ``position`` in the ring of table row ``row``.
+
+    ``position`` and ``head`` (int64) broadcast against each other. ``MODEL``: the model's element type.
     """
-    BYTES: tl.constexpr = element.primitive_bitwidth // 8
     slot = position % (F.RING_TOKENS * cache.ring_pages)
     block = tl.load(row + slot // F.RING_TOKENS, mask=is_token, other=0).to(tl.int64)
-    offset = block * cache.ring_block + (slot % F.RING_TOKENS) * (2 * F.DIM * BYTES)
-    return as_pointer(cache.ring + head * cache.ring_head, offset, element)
+    token = slot % F.RING_TOKENS
+    page = cache.ring + head * cache.ring_head + block * cache.ring_block
+    if F.RING_INT8:
+        data = as_pointer(page, token * (2 * F.DIM), tl.int8)
+        return RingTokens(data, as_pointer(page, F.RING_SCALES + 4 * token, tl.float16))
+    else:
+        data = as_pointer(page, token * (2 * F.DIM * (MODEL.primitive_bitwidth // 8)), MODEL)
+        return RingTokens(data, data)
 
 
-# ---- device: attention over 16-bit tokens ---------------------------------------------
+# ---- device: attention over ring and new tokens ---------------------------------------
 class Sums(NamedTuple):
     """Online softmax of query rows."""
 
@@ -203,22 +215,24 @@ class Sums(NamedTuple):
 @triton.jit
 def attend_tokens(
     q,  # [rows, DIM_PAD] DOT type, not rotated
-    key,  # [DIM_PAD, tokens]
-    value,  # [tokens, DIM_PAD]
+    key,  # [DIM_PAD, tokens] DOT type
+    value,  # [tokens, DIM_PAD] DOT type
+    key_factor,  # [tokens] or 1
+    value_factor,
     visible,  # [rows, tokens]
     logit_scale,  # softmax scale * log2(e)
     sums,
     DOT: tl.constexpr,
 ):
-    """Logits, online softmax and weighted values. Invisible rows must be finite."""
-    s = tl.dot(q, key, input_precision="ieee") * logit_scale
+    """Logits, online softmax and weighted values. Invisible tokens must be finite."""
+    s = tl.dot(q, key, input_precision="ieee") * (key_factor * logit_scale)
     s = tl.where(visible, s, float("-inf"))
     best = tl.maximum(sums.peak, tl.max(s, 1))
     pivot = tl.where(best == float("-inf"), 0.0, best)
     shrink = tl.exp2(sums.peak - pivot)
     p = tl.exp2(s - pivot[:, None])
     total = sums.total * shrink + tl.sum(p, 1)
-    acc = tl.dot(p.to(DOT), value, sums.acc * shrink[:, None], input_precision="ieee")
+    acc = tl.dot((p * value_factor).to(DOT), value, sums.acc * shrink[:, None], input_precision="ieee")
     return Sums(best, total, acc)
 
 
@@ -239,7 +253,11 @@ def attend_tail(
     M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Exact tokens: the ring's ``ring_begin .. context - 1``, then the step's own up to ``last - 1``."""
+    """The ring's tokens ``ring_begin .. context - 1``, then the step's own up to ``last - 1``.
+
+    Bytes of an int8 ring are multiplied as they are, exact in every type, and logits and weights by
+    the scales. The values' bytes count in units of 1/64, which keeps the weights in fp16's normal range.
+    """
     logit_scale = cache.scale * LOG2E
     channel = tl.arange(0, F.DIM_PAD)
     is_channel = channel < F.DIM
@@ -249,13 +267,21 @@ def attend_tail(
     for start in range(ring_begin, tokens.context, BLOCK_N):
         position = start + tl.arange(0, BLOCK_N)
         is_token = position < tokens.context
-        token_ptr = ring_tokens(cache, row, head, position, is_token, element, F)
-        keys = tl.load(token_ptr[None, :] + channel[:, None], mask=is_token[None, :] & is_channel[:, None], other=0.0)
+        at = ring_tokens(cache, row, head, position, is_token, element, F)
+        keys = tl.load(at.data[None, :] + channel[:, None], mask=is_token[None, :] & is_channel[:, None], other=0)
         values = tl.load(
-            token_ptr[:, None] + F.DIM + channel[None, :], mask=is_token[:, None] & is_channel[None, :], other=0.0
-        )
+            at.data[:, None] + F.DIM + channel[None, :], mask=is_token[:, None] & is_channel[None, :], other=0
+        ).to(M.DOT)
+        key_factor = 1.0
+        value_factor = 1.0
+        if F.RING_INT8:
+            key_factor = tl.load(at.scale, mask=is_token, other=0.0).to(tl.float32)[None, :]
+            value_factor = (tl.load(at.scale + 1, mask=is_token, other=0.0).to(tl.float32) * 64)[None, :]
+            values = values * 0.015625
         visible = is_token[None, :] & (row_position >= 0)[:, None]
-        sums = attend_tokens(q, keys.to(M.DOT), values.to(M.DOT), visible, logit_scale, sums, M.DOT)
+        sums = attend_tokens(
+            q, keys.to(M.DOT), values.to(M.DOT), key_factor, value_factor, visible, logit_scale, sums, M.DOT
+        )
     for start in range(tokens.context, last, BLOCK_N):
         position = start + tl.arange(0, BLOCK_N)
         is_token = position < last
@@ -271,5 +297,5 @@ def attend_tail(
             other=0.0,
         )
         visible = is_token[None, :] & (position[None, :] <= row_position[:, None])
-        sums = attend_tokens(q, keys.to(M.DOT), values.to(M.DOT), visible, logit_scale, sums, M.DOT)
+        sums = attend_tokens(q, keys.to(M.DOT), values.to(M.DOT), 1.0, 1.0, visible, logit_scale, sums, M.DOT)
     return sums

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of one warp over up to 32 tokens in 16 bit: a ring page in shared memory or
-// the step's own tokens in global memory. The model's own space, no rotation.
+// Attention of one warp over up to 32 tokens in 16 bit: the step's own tokens in global memory, or
+// a ring page of such tokens in shared memory. The model's own space, no rotation.
 //
 // Lanes load 16 bytes, eight consecutive channels. Keys may take the channels of a
 // product in any order as long as the query takes the same; values are transposed in
-// registers, which permutes the channels of the result (see exact_channel()).
+// registers, which permutes the channels of the result (see token_channel()).
 #pragma once
 
 #include "oscar/query.cuh"
@@ -12,12 +12,10 @@
 
 namespace oscar {
 
-// Channel of row `g` (upper: g + 8) of result tile `tile`.
-OSCAR_DEVICE int exact_channel(int tile, int g, int upper) {
-  return 32 * (tile / 2) + 8 * (g >> 1) + 4 * (tile & 1) + 2 * upper + (g & 1);
-}
+// Channel of row `g` of result tile `tile`; row g + 8 is the next one.
+OSCAR_DEVICE int token_channel(int tile, int g) { return 32 * (tile / 2) + 8 * (g >> 1) + 4 * (tile & 1) + 2 * (g & 1); }
 
-struct ExactTokens {
+struct Tokens {
   const uint8_t *key, *value;        // of token 0
   int64_t key_stride, value_stride;  // bytes from token to token
   uint32_t valid;                    // bit i: token i may be read
@@ -32,7 +30,7 @@ OSCAR_DEVICE uint4 load_token(const uint8_t* base, int64_t stride, uint32_t vali
 
 // Query row `first_row + column` is token `row / group` of the step and sees those up to itself.
 template <bool Bf16, int Tiles, int NTiles>
-OSCAR_DEVICE void attend_tokens(const ExactTokens& tokens, const QueryRows<Tiles> (&query)[NTiles],
+OSCAR_DEVICE void attend_tokens(const Tokens& tokens, const QueryRows<Tiles> (&query)[NTiles],
                                 int first_row, int group, float scale_log2, Accumulator<Tiles> (&acc)[NTiles],
                                 int lane) {
   const auto mma = [](float(&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
@@ -81,8 +79,11 @@ OSCAR_DEVICE void attend_tokens(const ExactTokens& tokens, const QueryRows<Tiles
     for (int i = 0; i < Tiles / 2; ++i) {
       const uint4 a = load_token(values, tokens.value_stride, valid, g, 64 * i);
       const uint4 b = load_token(values, tokens.value_stride, valid, g + 8, 64 * i);
-      const uint32_t a0 = transpose_8x8(a.x), a1 = transpose_8x8(a.y), a2 = transpose_8x8(a.z), a3 = transpose_8x8(a.w);
-      const uint32_t b0 = transpose_8x8(b.x), b1 = transpose_8x8(b.y), b2 = transpose_8x8(b.z), b3 = transpose_8x8(b.w);
+      // Even channels of two words in one register, odd ones in another: as bytes arrive in ring_attention.cuh.
+      const auto even = [](uint32_t x, uint32_t y) { return transpose_8x8(__byte_perm(x, y, 0x5410)); };
+      const auto odd = [](uint32_t x, uint32_t y) { return transpose_8x8(__byte_perm(x, y, 0x7632)); };
+      const uint32_t a0 = even(a.x, a.y), a1 = odd(a.x, a.y), a2 = even(a.z, a.w), a3 = odd(a.z, a.w);
+      const uint32_t b0 = even(b.x, b.y), b1 = odd(b.x, b.y), b2 = even(b.z, b.w), b3 = odd(b.z, b.w);
 #pragma unroll
       for (int n = 0; n < NTiles; ++n) {
         mma(acc[n].out[2 * i], a0, a1, b0, b1, weight[n][0], weight[n][1]);
@@ -93,7 +94,7 @@ OSCAR_DEVICE void attend_tokens(const ExactTokens& tokens, const QueryRows<Tiles
 }
 
 template <int Tiles>
-OSCAR_DEVICE void write_exact_result(const Accumulator<Tiles>& acc, float* target, int rows, int lane) {
+OSCAR_DEVICE void write_token_result(const Accumulator<Tiles>& acc, float* target, int rows, int lane) {
   const int g = lane >> 2, t = lane & 3;
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
@@ -101,8 +102,7 @@ OSCAR_DEVICE void write_exact_result(const Accumulator<Tiles>& acc, float* targe
       float* row = target + (2 * t + c) * 16 * Tiles;
 #pragma unroll
       for (int i = 0; i < Tiles; ++i) {
-        row[exact_channel(i, g, 0)] = acc.out[i][c];
-        row[exact_channel(i, g, 1)] = acc.out[i][2 + c];
+        *reinterpret_cast<float2*>(row + token_channel(i, g)) = make_float2(acc.out[i][c], acc.out[i][2 + c]);
       }
     }
   }
