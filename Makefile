@@ -1,11 +1,11 @@
-# make demo   serve the demo model with an OScaR KV cache and talk to it
+# make demo   fetch a small language model (once), serve it and the demo model with an OScaR KV cache, and ask them
 # make test   run the everyday tests, on two cores
 # make test-all   run every test that needs no GPU: before a release
 # make lint   check the style
 # make env    only make the environment that both use
 # make serve MODEL=path [ARGS=...]   serve a model on 127.0.0.1
 # make wheel  put a wheel with both libraries, and the sdist that it was built from, into dist (needs nvcc)
-# make clean  remove the environment and built files
+# make clean  remove the environment, built files and the fetched model
 #
 # VENV=path          another place for the environment
 # TORCH_INDEX=url    where pip finds torch's CPU build, if it does not by itself
@@ -16,6 +16,7 @@ VENV ?= .venv
 TORCH_INDEX ?=
 TORCH := torch==2.13.0
 MODEL ?= examples/demo_model
+CHAT_MODEL := models/smollm2-135m
 PORT ?= 8000
 ARGS ?=
 
@@ -40,7 +41,9 @@ $(VENV)/.installed: $(VENV)/.packages pyproject.toml setup.py $(NATIVE)
 	$(BIN)/vllm-oscar doctor --fix
 	touch $@
 
+# Without network the demo goes on without that model.
 demo: env
+	@test -e $(CHAT_MODEL)/config.json || $(BIN)/python examples/fetch_smollm2.py $(CHAT_MODEL) || true
 	$(BIN)/python examples/demo.py
 
 # A file's tests stay together, since they share engines.
@@ -68,4 +71,4 @@ wheel:
 	mv build/wheel/*.tar.gz dist
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info vllm_oscar/lib demo-server.log
+	rm -rf $(VENV) build dist *.egg-info vllm_oscar/lib demo-server.log $(CHAT_MODEL)
