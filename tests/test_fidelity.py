@@ -16,12 +16,13 @@ import torch
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-from benchmarks.fidelity import attention, measures, methods, report, tasks  # noqa: E402
+from benchmarks.fidelity import attention, cli, measures, methods, quiz, report, tasks, through_vllm  # noqa: E402
 from benchmarks.fidelity.records import Records  # noqa: E402
 from vllm_oscar.core.config import MEASURED_LOSS, PRESETS  # noqa: E402
 from vllm_oscar.core.format import PageFormat  # noqa: E402
 from vllm_oscar.core.reference import attention as reference_attention  # noqa: E402
 from vllm_oscar.core.reference import encode_pages  # noqa: E402
+from vllm_oscar.core.ring import RingType, from_int8, to_int8  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "examples" / "demo_model"
@@ -90,8 +91,6 @@ def test_a_lossy_method_diverges_more_with_fewer_bits(lab, tokens):
 @pytest.mark.parametrize("position", [0, 127, 128, 255, 390])
 def test_each_query_sees_what_the_serving_path_reads(name, position):
     """Against the normative attention over pages and ring, one decode step at a time."""
-    from vllm_oscar.core.config import WINDOW_TOKENS
-
     torch.manual_seed(position)
     fmt = PageFormat.preset(name, 64)
     query = torch.randn(1, 4, 512, 64)
@@ -101,15 +100,17 @@ def test_each_query_sees_what_the_serving_path_reads(name, position):
     got = attention.attention(query, key, value, old, method, 0.125)[0, :, position]
 
     k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)  # [T, H, D]
+    own = k[position : position + 1], v[position : position + 1]
+    if fmt.config.ring is RingType.INT8:  # whatever is older than the query comes from the ring, pages too
+        k, v = (from_int8(*to_int8(x)) for x in (k, v))
     full = position // 128
     first = torch.arange(max(full, 1)) == 0
     pages = encode_pages(
         k[: max(full, 1) * 128].unflatten(0, (-1, 128)), v[: max(full, 1) * 128].unflatten(0, (-1, 128)), fmt, first
     )
-    start = max(0, position - WINDOW_TOKENS) if fmt.config.recent_window else full * 128
+    start = max(0, position - fmt.config.window) if fmt.config.window else full * 128
     expected = reference_attention(
-        query[0, :, position][None], k[position : position + 1], v[position : position + 1], pages,
-        k[start:position], v[start:position], position, start, 0.125, fmt,
+        query[0, :, position][None], *own, pages, k[start:position], v[start:position], position, start, 0.125, fmt
     )[0]
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
@@ -237,14 +238,15 @@ def fake_records(folder: Path) -> Records:
 
 
 def test_the_loss_that_plan_shows_is_the_recorded_one():
-    """At head size 64 and 128, over every model of the committed records."""
+    """Of the real language model, at every length of the committed records."""
     divergence = {}
     for line in (ROOT / "benchmarks/results/fidelity/records.jsonl").read_text().splitlines():
         record = json.loads(line)
-        if record["measure"] == "text" and record["method"] in PRESETS and record["settings"]["documents"] == 16:
+        if record["measure"] == "text" and record["method"] in PRESETS and record["model"] == "smollm2-135m":
             mean = statistics.mean(document["kl"] for document in record["values"])
-            divergence.setdefault(record["model"], {})[record["method"]] = mean
-    assert len(divergence) == 5
+            divergence.setdefault(record["settings"]["length"], {})[record["method"]] = mean
+    assert set(divergence) == {2048, 8192}
+    assert set(MEASURED_LOSS) == set(PRESETS)
     for preset in PRESETS:
         ratios = [found[preset] / found["oscar_paper"] for found in divergence.values()]
         assert (round(min(ratios), 2), round(max(ratios), 2)) == MEASURED_LOSS[preset]
@@ -258,6 +260,33 @@ def test_the_report_regenerates_from_the_records(tmp_path):
     assert "| oscar:no window | needle | 1024 | as served | 10 | 90.00 ± 10.00 | -10.00 ± 10.00 |" in table
     report.write(Records(tmp_path), tmp_path)
     assert (tmp_path / "table.md").read_text() == table
+
+
+def test_documents_of_different_length_have_tables_of_their_own(tmp_path):
+    """Each with the ratio to the paper on the same documents."""
+    records, known = fake_records(tmp_path), methods.registry()
+    for name, kl in (("oscar_paper", 0.2), ("oscar", 0.01)):
+        settings = {"documents": 2, "length": 8192, "from": 256, "text": "manual"}
+        record = Records.new("m", known[name], 128, "text", settings)
+        records.add(record, [{"kl": kl, "loss": 1.01, "exact_loss": 1.0, "top1": 0.9}] * 2)
+    short, long = report.markdown(records).split("2 documents of 8192 tokens, head_dim 128. Text: manual.")
+    assert "2 documents of 512 tokens, head_dim 128.\n" in short
+    assert "| 2.00 |" in short and "| 0.05 |" in long
+    assert {p.name for p in report.write(records, tmp_path)} >= {"table.md", "pareto.png"}
+
+
+def test_the_manual_is_prose_of_every_python():
+    texts = tasks.read_texts([tasks.MANUAL])
+    assert texts == tasks.read_texts([tasks.MANUAL])
+    assert sum(map(len, texts)) > 400_000
+    assert any(text.startswith("Calls\n*****\n\nA call calls a callable object") for text in texts)
+
+
+@pytest.mark.parametrize("folders, kept", [((), {}), ((tasks.MANUAL,), {"text": "manual"})])
+def test_records_tell_another_text_apart(folders, kept):
+    name = cli.named(list(folders))
+    assert cli.Plan(text=name).settings(length=5) == {"length": 5} | kept
+    assert through_vllm.chosen(through_vllm.Plan(2, 5, 1, 32, name), "length") == {"length": 5} | kept
 
 
 def test_records_resume_and_survive_an_interruption(tmp_path):
@@ -329,3 +358,48 @@ def test_lm_eval_takes_the_suites(tmp_path, monkeypatch):
     results = lm_eval.simple_evaluate(model="dummy", tasks=tasks_, log_samples=False, bootstrap_iters=0)["results"]
     assert results["gsm8k"]["exact_match,strict-match"] == 0.0  # the dummy always says "lol"
     assert results["ruler_vt"]["found,none"] == 1.0
+
+
+# ---- the quiz -----------------------------------------------------------------------
+@pytest.mark.parametrize("answers", quiz.ANSWERS)
+def test_a_quiz_asks_for_words_that_its_examples_do_not_have(answers):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TOKENIZER)
+    made, again, other = (quiz.make(tokenizer, seed, answers, 512, 50) for seed in (0, 0, 1))
+    assert made == again and made.items != other.items
+    assert len(made.examples) == 512 and made.examples[0] == tokenizer.bos_token_id
+    right = {word: quiz.ANSWERS[answers][kind] for kind, words in quiz.KINDS.items() for word in words.split()}
+    shown = dict(line.split(": ") for line in tokenizer.decode(made.examples[1:]).split("\n") if line)
+    assert len(shown) > 20 and all(right[word] == answer for word, answer in shown.items())
+    for question, answer in made.items:
+        word = tokenizer.decode(question).rstrip(":")
+        assert right[word] == tokenizer.decode(answer).strip() and word not in shown
+    assert len({tuple(question) for question, _ in made.items}) == 50
+    with pytest.raises(ValueError, match="at most"):
+        quiz.make(tokenizer, 0, answers, 512, 100)
+
+
+def test_a_paired_difference_counts_only_what_changed():
+    reference = [1] * 60 + [0] * 40
+    assert quiz.difference(reference, reference) == (0.0, 0.0, 0, 0)
+    own = [0] * 8 + [1] * 52 + [1] * 2 + [0] * 38  # eight lost, two won
+    points, error, lost, won = quiz.difference(own, reference)
+    assert (points, lost, won) == (-6.0, 8, 2)
+    each = [100 * (o - r) for o, r in zip(own, reference, strict=True)]
+    assert error == pytest.approx(statistics.pstdev(each) / 10)  # of the mean of 100 differences
+
+
+def test_what_was_generated_is_reported_beside_auto(tmp_path):
+    records, known = Records(tmp_path), methods.registry()
+    settings = {"quizzes": 2, "items": 2, "examples": 512, "chunk": 128, "answers": "kinds"}
+    texts = {"texts": 2, "prompt": 512, "generated": 9, "chunk": 128, "text": "manual"}
+    for name, answers, prefix in (("auto", [[1, 1], [1, 0]], 1.0), ("oscar", [[1, 0], [1, 0]], 0.25)):
+        for measure, s, values in (
+            ("quiz", settings, answers), ("greedy", texts, [{"prefix": prefix, "same": prefix}] * 2),
+        ):  # fmt: skip
+            made = Records.new("m", known.get(name), 64, f"{measure} through vLLM", s)
+            records.add(made | {"method": name}, values)
+    table = report.markdown(records)
+    assert "| auto | 75.0 ± 25.0 | 0.0 ± 0.0 | 0 | 0 |" in table
+    assert "| oscar | 50.0 ± 28.9 | -25.0 ± 21.7 | 1 | 0 |" in table
+    assert "Prefilled in chunks of 128. Text: manual.\n" in table and "| oscar | 25 ± 0 |" in table
+    assert "4 questions, 2 after each of 2 sets" in table

@@ -2,7 +2,7 @@
 """Attention with decode-time numerics inside a transformers model.
 
 At decode time a query at position ``i`` reads from the cache every full 128-token block
-before its own block, and only the rest exactly. A teacher-forced forward pass through
+before its own block, and only the rest, and the window, as the ring has it. A teacher-forced forward pass through
 this attention gives each query just that view, so one pass over a document measures what
 decoding it token by token would give. Every layer also feeds on the quantized layers
 below it, as in decoding.
@@ -73,18 +73,26 @@ def quantize_history(method: Method, key: torch.Tensor, value: torch.Tensor, beg
         return x[:, :, rows].transpose(1, 2).reshape(batch * count, PAGE_TOKENS, heads, dim)
 
     first = (torch.arange(count, device=key.device) + begin == 0).repeat(batch)
-    out = method.quantize(blocks(key), blocks(value), first)
+    out = method.quantize(blocks(recent(method, key)), blocks(recent(method, value)), first)
     return tuple(
         x.to(key.dtype).reshape(batch, count * PAGE_TOKENS, heads, dim).transpose(1, 2).contiguous() for x in out
     )
 
 
-def attention_rows(query, key, value, old_key, old_value, method: Method | None, scaling: float, start: int):
+def recent(method: Method | None, x: torch.Tensor) -> torch.Tensor:
+    """What the ring gives back for keys or values ``x``."""
+    return x if method is None or method.recent is None else method.recent(x).to(x.dtype)
+
+
+def attention_rows(
+    query, own_key, own_value, key, value, old_key, old_value, method: Method | None, scaling: float, start: int
+):
     """Attention of query rows that lie in one block, with the weights.
 
     Args:
         query: ``[B, Hq, Q, D]`` at positions ``start .. start + Q - 1``.
-        key, value: exact, ``[B, H, T, D]``; old_key, old_value: from the cache, full blocks.
+        own_key, own_value: exact, ``[B, H, T, D]``: what a token reads of itself.
+        key, value: the same from the ring; old_key, old_value: from pages, full blocks.
 
     Returns:
         output ``[B, Hq, Q, D]``, weights ``[B, Hq, Q, start + Q]``.
@@ -110,6 +118,9 @@ def attention_rows(query, key, value, old_key, old_value, method: Method | None,
             exact = query @ key[:, :, mixed:block].transpose(2, 3)
             near = by_row(position - column[:, mixed:block] <= method.key_window)
             scores[..., mixed:block] = torch.where(near, exact, scores[..., mixed:block])
+    if own_key is not key:
+        exact = (query.unflatten(2, (-1, rows)) * own_key[:, :, None, start:end]).sum(-1).flatten(2)
+        scores = torch.where(by_row(column == position), exact[..., None], scores)
     scores = (scores * scaling).masked_fill(~by_row(column <= position), float("-inf"))
     weights = scores.float().softmax(-1).to(value.dtype)
     if method is None:
@@ -120,6 +131,10 @@ def attention_rows(query, key, value, old_key, old_value, method: Method | None,
             near = by_row(position - column[:, mixed:block] <= method.value_window)
             change = value[:, :, mixed:block] - old_value[:, :, mixed:block]
             out = out + (weights[..., mixed:block] * near) @ change
+    if own_value is not value:
+        own = weights.unflatten(2, (-1, rows))[..., start:end].diagonal(dim1=-2, dim2=-1)  # [B, H, group, Q]
+        change = (own_value - value)[:, :, None, start:end]
+        out = out + (own[..., None] * change).flatten(2, 3)
     return out.reshape(batch, q_heads, rows, dim), weights.reshape(batch, q_heads, rows, end)
 
 
@@ -134,9 +149,10 @@ def row_blocks(start: int, end: int):
 def attention(query, key, value, old, method: Method | None, scaling: float) -> torch.Tensor:
     """Causal attention of the last ``Q`` positions: ``[B, Hq, Q, D]``."""
     offset = key.shape[2] - query.shape[2]
+    ring = recent(method, key), recent(method, value)
     return torch.cat(
         [
-            attention_rows(query[:, :, a - offset : b - offset], key, value, *old, method, scaling, a)[0]
+            attention_rows(query[:, :, a - offset : b - offset], key, value, *ring, *old, method, scaling, a)[0]
             for a, b in row_blocks(offset, key.shape[2])
         ],
         2,

@@ -36,6 +36,11 @@ class Plan:
     prompt: int = 1024
     generated: int = 512
     texts: int = 8
+    text: str = ""  # its name, if it is not the default
+
+    def settings(self, **numbers) -> dict:
+        """What a record says about how it was measured."""
+        return numbers | ({"text": self.text} if self.text else {})
 
 
 QUICK = Plan(documents=2, length=1024, seeds=1, recall_lengths=(1024,), prompt=256, generated=64, texts=2)
@@ -46,7 +51,11 @@ Models = Annotated[
 Out = Annotated[Path, typer.Option(help="Results folder; what it already holds is not measured again.")]
 Texts = Annotated[
     list[Path] | None,
-    typer.Option("--text", help="Folder with text. [default: held-out files of the running Python's library]"),
+    typer.Option(
+        "--text",
+        help="Folder with text, or 'manual': the Python reference manual, English prose. "
+        "[default: held-out files of the running Python's library]",
+    ),
 ]
 Methods = Annotated[str, typer.Option(help="'main', 'all' (with ablations), 'grid', or names, comma-separated.")]
 
@@ -67,6 +76,11 @@ def choose(names: str) -> list[methods.Method]:
         else:
             raise typer.BadParameter(f"unknown method {name!r}; use main, all, grid or one of: {', '.join(known)}")
     return list(chosen.values())
+
+
+def named(folders: list[Path] | None) -> str:
+    """What records call a text; nothing if it is the default."""
+    return ",".join(folder.name for folder in folders or ())
 
 
 def progress() -> Progress:
@@ -99,7 +113,8 @@ def run(
         torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = False
     lengths = tuple(int(n) for n in recall_lengths.split(",")) if recall_lengths else None
-    changed = {"documents": documents, "length": length, "seeds": seeds, "recall_lengths": lengths}
+    name = named(text)
+    changed = {"documents": documents, "length": length, "seeds": seeds, "recall_lengths": lengths, "text": name}
     plan = replace(QUICK if quick else Plan(), **{k: v for k, v in changed.items() if v is not None})
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     chosen, records, start = choose(method), Records(out), time.monotonic()
@@ -134,7 +149,7 @@ def _measure(lab: measures.Lab, chosen: list[methods.Method], wanted: list[str],
 
 
 def _text_jobs(lab, chosen, main, plan, records):
-    settings = {"documents": plan.documents, "length": plan.length, "from": measures.TAIL}
+    settings = plan.settings(documents=plan.documents, length=plan.length) | {"from": measures.TAIL}
     todo = [(m, Records.new(lab.name, m, lab.head_dim, "text", settings)) for m in chosen]
     todo = [(m, record) for m, record in todo if record not in records]
     if not todo:
@@ -149,7 +164,7 @@ def _text_jobs(lab, chosen, main, plan, records):
 
 
 def _layer_jobs(lab, chosen, main, plan, records):
-    settings = {"documents": min(plan.documents, 2), "length": plan.length, "from": measures.TAIL}
+    settings = plan.settings(documents=min(plan.documents, 2), length=plan.length) | {"from": measures.TAIL}
     todo = [(m, Records.new(lab.name, m, lab.head_dim, "layers", settings)) for m in chosen if m.family != "grid"]
     todo = [(m, record) for m, record in todo if record not in records]
     if not todo:
@@ -169,7 +184,7 @@ def _recall_jobs(lab, chosen, main, plan, records):
     for length in plan.recall_lengths:
         for task in tasks.FORMS:
             for m in [None, *main]:
-                settings = {"task": task, "length": length, "seeds": plan.seeds}
+                settings = plan.settings(task=task, length=length, seeds=plan.seeds)
                 record = Records.new(lab.name, m, lab.head_dim, "recall", settings)
                 if record not in records:
                     label = f"recall, {task} at {length}, {record['method']}"
@@ -179,7 +194,7 @@ def _recall_jobs(lab, chosen, main, plan, records):
 
 
 def _greedy_jobs(lab, chosen, main, plan, records):
-    settings = {"texts": plan.texts, "prompt": plan.prompt, "generated": plan.generated}
+    settings = plan.settings(texts=plan.texts, prompt=plan.prompt, generated=plan.generated)
     todo = [(m, Records.new(lab.name, m, lab.head_dim, "greedy", settings)) for m in main]
     todo = [(m, record) for m, record in todo if record not in records]
     if not todo:
@@ -194,7 +209,7 @@ def _greedy_jobs(lab, chosen, main, plan, records):
 
 
 def _norm_jobs(lab, chosen, main, plan, records):
-    record = Records.new(lab.name, None, lab.head_dim, "norms", {"length": plan.length})
+    record = Records.new(lab.name, None, lab.head_dim, "norms", plan.settings(length=plan.length))
     if record not in records:
         yield "key norms", lambda: records.add(record, measures.norms(lab, lab.tasks.documents(1, plan.length)[0]))
 
@@ -226,10 +241,36 @@ def vllm(
     if unknown := set(forms) - set(tasks.FORMS):
         raise typer.BadParameter(f"unknown task {', '.join(unknown)}; use {', '.join(tasks.FORMS)}")
     records = Records(out)
-    plan = through_vllm.Plan(documents, length, seeds, chunk)
+    plan = through_vllm.Plan(documents, length, seeds, chunk, named(text))
     with progress() as bar:
         run = through_vllm.measure_served if served else through_vllm.measure
         run(model, dtype.split(","), forms, plan, tasks.read_texts(text), records, bar)
+    reporting.write(records, out)
+
+
+@app.command()
+def generate(
+    model: Models,
+    out: Annotated[Path, typer.Option(help="Results folder; records are added to it.")] = Path("fidelity"),
+    dtype: Annotated[str, typer.Option(help="KV-cache dtypes, comma-separated. 'auto' is always measured.")] = ",".join(
+        methods.PRESETS
+    ),
+    texts: Annotated[int, typer.Option(help="Greedy continuations.")] = 8,
+    prompt: Annotated[int, typer.Option(help="Tokens of text before each.")] = 1024,
+    generated: Annotated[int, typer.Option(help="Tokens of each.")] = 256,
+    quizzes: Annotated[int, typer.Option(help="Quizzes: words to be sorted into kinds.")] = 4,
+    items: Annotated[int, typer.Option(help="Questions of a quiz.")] = 50,
+    examples: Annotated[int, typer.Option(help="Tokens of its solved examples: whole pages.")] = 1536,
+    chunk: Annotated[int, typer.Option(help="Tokens per step: what is older is read from the cache.")] = 128,
+    text: Texts = None,
+):
+    """Generate with the presets through vLLM itself: greedy agreement, and a quiz with right and wrong answers."""
+    from . import through_vllm
+
+    records = Records(out)
+    plan = through_vllm.Generation(texts, prompt, generated, quizzes, items, examples, chunk, named(text))
+    with progress() as bar:
+        through_vllm.measure_generation(model, dtype.split(","), plan, tasks.read_texts(text), records, bar)
     reporting.write(records, out)
 
 

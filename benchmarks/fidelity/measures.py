@@ -134,11 +134,12 @@ def layers(lab: Lab, methods: list[Method], tokens: torch.Tensor, stride: int = 
         chosen = sorted({*range(0, len(blocks), stride), len(blocks) - 1})
         for method in methods:
             old = attention.quantize_history(method, key, value)
+            ring = attention.recent(method, key), attention.recent(method, value)
             error = power = divergence = rows = 0.0
             for a, b in (blocks[i] for i in chosen):
                 part = query[:, :, a:b]
-                out, p = attention.attention_rows(part, key, value, None, None, None, scaling, a)
-                approx, q = attention.attention_rows(part, key, value, *old, method, scaling, a)
+                out, p = attention.attention_rows(part, key, value, key, value, None, None, None, scaling, a)
+                approx, q = attention.attention_rows(part, key, value, *ring, *old, method, scaling, a)
                 error += (approx - out).square().sum().item()
                 power += out.square().sum().item()
                 tiny = torch.finfo(torch.float32).tiny

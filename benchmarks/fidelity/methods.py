@@ -18,10 +18,11 @@ from pathlib import Path
 
 import torch
 
-from vllm_oscar.core.config import PRESETS, WINDOW_TOKENS, NormScope, OscarConfig, ParamType
+from vllm_oscar.core.config import PRESETS, NormScope, OscarConfig, ParamType
 from vllm_oscar.core.format import PageFormat
 from vllm_oscar.core.hadamard import rotate, unrotate
 from vllm_oscar.core.reference import decode_pages, encode_pages
+from vllm_oscar.core.ring import RingType, from_int8, to_int8
 
 Blocks = tuple[torch.Tensor, torch.Tensor]
 
@@ -36,8 +37,9 @@ class Method:
         quantize: ``(key, value, first)`` with key, value ``[N, 128, H, D]`` and first
             bool ``[N]`` (which blocks begin a sequence) to float32 of the same shapes.
         bytes_per_token: head_dim to bytes per token and KV head, K and V together.
-        key_window, value_window: how many tokens before a query it reads exactly, even
-            if their blocks are quantized.
+        key_window, value_window: how many tokens before a query it reads from its recent
+            store, even if their blocks are quantized.
+        recent: keys or values ``[..., D]`` to what that store gives back; None: the same.
         note: a remark for the table.
         definition: every parameter, so that records of another definition are told apart.
     """
@@ -48,6 +50,7 @@ class Method:
     bytes_per_token: Callable[[int], float]
     key_window: int = 0
     value_window: int = 0
+    recent: Callable[[torch.Tensor], torch.Tensor] | None = None
     note: str = ""
     definition: str = ""
 
@@ -77,17 +80,25 @@ def oscar(config: OscarConfig, family: str = "ablation", rotation: bool = True, 
         key, value = decode_pages(encode_pages(key, value, fmt, first), fmt, first)
         return (key, value) if rotation else (rotate(key), rotate(value))
 
-    window = WINDOW_TOKENS if config.recent_window else 0
     return Method(
         name=config.name,
         family=family,
         quantize=quantize,
         bytes_per_token=lambda dim: PageFormat(config, dim).bytes_per_token,
-        key_window=window,
-        value_window=window,
+        key_window=config.window,
+        value_window=config.window,
+        recent=_int8_ring if config.ring is RingType.INT8 else None,
         note=note,
         definition=_definition(config) + ("" if rotation else " unrotated"),
     )
+
+
+def _int8_ring(x: torch.Tensor) -> torch.Tensor:
+    return from_int8(*to_int8(x))
+
+
+def _rotated_int8_ring(x: torch.Tensor) -> torch.Tensor:
+    return unrotate(_int8_ring(rotate(x)))
 
 
 # ---- foreign formats ----------------------------------------------------------------
@@ -185,57 +196,72 @@ def _foreign() -> list[Method]:
 
 
 def _ablations() -> list[Method]:
-    paper, best = PRESETS["oscar_paper"], PRESETS["oscar"]
-    small, plain = PRESETS["oscar_small"], replace(paper, integer_zero=False)
+    paper, best, small = PRESETS["oscar_paper"], PRESETS["oscar"], PRESETS["oscar_small"]
 
     def change(config: OscarConfig, label: str, **fields) -> Method:
         return oscar(replace(config, name=f"{config.name}:{label}", **fields))
 
     none, joint, fp16 = NormScope.NONE, NormScope.JOINT, ParamType.FP16
+    bare = {"norm": none, "key_gain": False, "first_token": False}  # both are stored in the norms
     return [
-        # what each part of the paper's method gives; with float zeros, because an integer zero
-        # point cannot reach the far-from-zero channels of keys that are not rotated
-        oscar(replace(plain, name="oscar_paper:float zero no rotation no norm", norm=none), rotation=False),
-        oscar(replace(plain, name="oscar_paper:float zero no rotation"), rotation=False),
-        oscar(replace(plain, name="oscar_paper:float zero no norm", norm=none)),
-        oscar(replace(plain, name="oscar_paper:float zero")),
+        # what each part of the paper's method gives
+        oscar(replace(paper, name="oscar_paper:no rotation no norm", norm=none), rotation=False),
+        oscar(replace(paper, name="oscar_paper:no rotation"), rotation=False),
+        change(paper, "no norm", norm=none),
+        change(paper, "float zero", integer_zero=False),
         change(paper, "head norm", norm=NormScope.HEAD),
-        change(paper, "window", recent_window=True),
-        change(paper, "first key", exact_first_key=True),
+        change(paper, "window", window=128),
+        change(paper, "first token", first_token=True),
+        change(paper, "gains", key_gain=True, value_gain=True),
         # what each lever of ours gives
-        change(best, "no window", recent_window=False),
-        change(best, "no first key", exact_first_key=False),
-        change(best, "no norm", norm=none),
+        change(best, "no window", window=0),
+        change(best, "window 128", window=128),
+        change(best, "16-bit ring", ring=RingType.MODEL),
+        change(best, "16-bit ring of 128", ring=RingType.MODEL, window=128),
+        replace(
+            change(best, "rotated ring"), recent=_rotated_int8_ring, definition=_definition(best) + " rotated ring"
+        ),
+        change(best, "no first token", first_token=False),
+        change(best, "no key gain", key_gain=False),
+        change(best, "no value gain", value_gain=False),
+        change(best, "no norm, key gain, first token", **bare),
         change(best, "joint norm", norm=joint),
         change(best, "integer zero", integer_zero=True),
         change(best, "fp16 parameters", key_param=fp16),
         change(best, "2-bit keys", key_bits=2),
         change(best, "4-bit keys", key_bits=4),
+        change(best, "4-bit values", value_bits=4, value_clip=1.0),
         change(best, "key g32", key_group=32),
-        change(best, "key g128 no first key", key_group=128, exact_first_key=False),
+        change(best, "key g128 no first token", key_group=128, first_token=False),
         change(best, "value g32", value_group=32),
         change(best, "value g64", value_group=64),
-        *(change(best, f"key clip {c}", key_clip=c) for c in (0.85, 0.9, 0.95, 1.0) if c != best.key_clip),
-        *(change(best, f"value clip {c}", value_clip=c) for c in (0.65, 0.75, 0.85, 1.0) if c != best.value_clip),
-        change(small, "no window", recent_window=False),
-        change(small, "no first key", exact_first_key=False),
-        change(small, "no norm", norm=none),
-        *(change(small, f"key clip {c}", key_clip=c) for c in (0.7, 0.8, 0.9, 1.0) if c != small.key_clip),
+        change(small, "no window", window=0),
+        change(small, "no first token", first_token=False),
+        change(small, "no gains", key_gain=False, value_gain=False),
+        change(small, "no norm, key gain, first token", **bare),
+        change(small, "no key gain", key_gain=False),
     ]
 
 
+_KEY_CLIPS = {2: (0.75, 0.8, 0.85, 0.9), 3: (0.85, 0.9, 0.95, 1.0), 4: (0.9, 0.95, 1.0)}
+_VALUE_CLIPS = {2: (0.6, 0.65, 0.7, 0.75), 3: (0.8, 0.85, 0.9, 0.95), 4: (0.9, 0.95, 1.0)}
+
+
 def grid() -> list[Method]:
-    """Configurations for the Pareto front: bits against loss."""
-    key_clips = {2: (0.75, 0.8, 0.85, 0.9, 0.95), 3: (0.85, 0.9, 0.95, 1.0), 4: (0.95, 1.0)}
+    """Configurations for the Pareto front, bits against loss: all bit widths, and clips for those of presets."""
     key_params = ((32, ParamType.E4M3), (64, ParamType.E4M3), (64, ParamType.FP16))
-    rest = ((NormScope.HEAD, 256, 0.7), (NormScope.HEAD, 64, 0.8), (NormScope.NONE, 256, 0.7))
+    chosen = {(c.key_bits, c.value_bits, c.key_group, c.key_param): c for c in PRESETS.values() if c.first_token}
+    # where no preset is, the clips of a preset with as many bits
+    key_clip = {c.key_bits: c.key_clip for c in chosen.values()}
+    value_clip = {c.value_bits: c.value_clip for c in chosen.values()}
     methods = []
-    for bits, clips in key_clips.items():
-        for (group, param), clip, (norm, value_group, value_clip) in product(key_params, clips, rest):
-            name = f"k{bits} g{group} {param.value} {clip} v{value_group} {value_clip} norm {norm.value}"
-            config = OscarConfig(
-                name, bits, group, value_group, param, norm=norm, key_clip=clip, value_clip=value_clip
-            )
+    for key_bits, value_bits, (group, param) in product((2, 3, 4), (2, 3, 4), key_params):
+        clips = [(key_clip[key_bits], value_clip[value_bits])]
+        if (key_bits, value_bits, group, param) in chosen:
+            clips += [c for c in product(_KEY_CLIPS[key_bits], _VALUE_CLIPS[value_bits]) if c != clips[0]]
+        for k, v in clips:
+            name = f"k{key_bits} g{group} {param.value} {k} v{value_bits} {v}"
+            config = OscarConfig(name, key_bits, value_bits, group, key_param=param, key_clip=k, value_clip=v)
             methods.append(oscar(config, family="grid"))
     return methods
 
@@ -253,6 +279,6 @@ def registry() -> dict[str, Method]:
 
 MAIN = (
     "bf16 fp8 int4 turboquant_4bit_nc turboquant_k3v4_nc turboquant_3bit_nc kivi quarot "
-    "oscar_paper oscar oscar_small oscar_large"
+    "oscar_paper oscar oscar_small oscar_large oscar_4bit"
 ).split()
 """The methods of the main table; the others are ablations and the grid."""

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from .methods import MAIN  # noqa: E402
-from .records import Records  # noqa: E402
+from .records import Records, by_settings  # noqa: E402
 
 _COLOURS = {
     "16 bit": "black", "fp8": "dimgray", "int4": "tab:brown", "TurboQuant": "tab:purple", "KIVI": "tab:orange",
@@ -37,11 +37,12 @@ def write(records: Records, folder: Path) -> list[Path]:
 
 def _pareto(records: Records, models: list[str]):
     """Bits per element against divergence, with the front of the best."""
-    by_model = {m: found for m in models if (found := records.current("text", model=m))}
-    if not by_model:
+    panels = [part for model in models for part in by_settings(records.current("text", model=model))]
+    if not panels:
         return None
-    figure, axes = plt.subplots(1, len(by_model), figsize=(5.5 * len(by_model), 4.8), squeeze=False)
-    for axis, (model, found) in zip(axes[0], by_model.items(), strict=True):
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.8), squeeze=False)
+    for axis, found in zip(axes[0], panels, strict=True):
+        title = f"{found[0]['model']}, {found[0]['settings']['length']:,} tokens"
         points = [(r["bits"], mean(v["kl"] for v in r["values"]), r) for r in found if r["bits"] < 10]
         for bits, kl, record in points:
             named = record["method"] in MAIN
@@ -54,7 +55,7 @@ def _pareto(records: Records, models: list[str]):
                 front.append((bits, kl))
                 best = kl
         axis.plot(*zip(*front, strict=True), color="tab:blue", linewidth=0.8, zorder=1)
-        axis.set(yscale="log", title=model, xlabel="bits per element, metadata included", ylabel="KL to exact")
+        axis.set(yscale="log", title=title, xlabel="bits per element, metadata included", ylabel="KL to exact")
         axis.grid(alpha=0.3, which="both")
     return figure
 

@@ -68,6 +68,14 @@ class Records:
         return list(latest.values())
 
 
+def by_settings(records: list[dict]) -> list[list[dict]]:
+    """Records of the same settings together, in the order in which they were first measured."""
+    parts: dict[str, list[dict]] = {}
+    for record in records:
+        parts.setdefault(json.dumps(record["settings"], sort_keys=True), []).append(record)
+    return list(parts.values())
+
+
 def _rounded(value):
     """Six significant digits are more than any measurement here has."""
     if isinstance(value, float):

@@ -2,22 +2,29 @@
 """The same measures through vLLM, so that the numbers are those that users get.
 
 Prompts are prefilled in small chunks, so that every chunk reads the history from the
-quantized cache. A hook on the model keeps the last hidden states; divergence, loss and
-recall are then computed from them as for transformers models.
+quantized cache (``benchmarks.history`` has the rule). A hook on the model keeps the last
+hidden states; divergence, loss and recall are then computed from them as for transformers
+models. Greedy texts and quizzes are generated.
 """
 
 from __future__ import annotations
 
 import gc
 import os
-from dataclasses import asdict, dataclass
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from vllm_oscar.core.config import PRESETS
+from vllm_oscar.core.config import PAGE_TOKENS, PRESETS
 
-from . import measures, methods
+from . import measures, methods, quiz
 from .records import Records
 from .tasks import Tasks
 
@@ -28,6 +35,7 @@ class Plan:
     length: int
     seeds: int
     chunk: int
+    text: str = ""  # its name, if it is not the default
 
 
 def start(path: str, dtype: str, plan: Plan, **options):
@@ -44,12 +52,44 @@ def stop(llm) -> None:
     gc.collect()
 
 
+def chosen(plan: Plan | Generation, *names: str) -> dict:
+    """The settings of a record: these of the plan, and the text if it is not the default."""
+    return {name: getattr(plan, name) for name in names} | ({"text": plan.text} if plan.text else {})
+
+
 def new_record(path: str, dtype: str, llm, measure: str, settings: dict) -> dict:
     """``dtype``: a KV-cache dtype of vLLM's or a preset."""
     method = methods.registry()[dtype] if dtype in PRESETS else None
     head_dim = llm.llm_engine.vllm_config.model_config.get_head_size()
-    record = Records.new(Path(path).name, method, head_dim, f"{measure} through vLLM", settings)
+    record = Records.new(Path(path).name, method, head_dim, f"{measure} through vLLM", settings) | {"origin": origin()}
     return record if method else record | {"method": dtype}
+
+
+def origin() -> dict:
+    """Where a number is from."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    ).stdout.strip()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return {
+        "command": shlex.join(["python", "-m", "benchmarks.fidelity", *map(_without_folders, sys.argv[1:])]),
+        "device": device,
+        "versions": {"vllm": version("vllm"), "torch": version("torch"), "python": platform.python_version()},
+        "date": date.today().isoformat(),
+        "commit": commit,
+    }
+
+
+def _without_folders(argument: str) -> str:
+    """An absolute path is the machine's business: its last part says what it was."""
+    return Path(argument).name if argument.startswith("/") else argument
+
+
+def _processor() -> str:
+    """Its name and how many of its threads there are."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {os.cpu_count()} threads"
 
 
 def with_auto(dtypes: list[str]) -> list[str]:
@@ -123,9 +163,77 @@ def measure(
                 found.setdefault(task, []).append(values)
             for task, values in found.items():
                 measure, extra = ("text", {}) if task == "text" else ("recall", {"task": task})
-                records.add(new_record(path, dtype, engine.llm, measure, asdict(plan) | extra), values)
+                settings = chosen(plan, "documents", "length", "seeds", "chunk") | extra
+                records.add(new_record(path, dtype, engine.llm, measure, settings), values)
             engine.close()
             bar.advance(task_bar)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """``texts`` greedy continuations of ``generated`` tokens after ``prompt`` tokens, and ``quizzes`` of
+    ``items`` questions each after examples of ``examples`` tokens, whole pages."""
+
+    texts: int
+    prompt: int
+    generated: int
+    quizzes: int
+    items: int
+    examples: int
+    chunk: int
+    text: str = ""
+
+
+def measure_generation(
+    models: list[str], dtypes: list[str], plan: Generation, texts: list[str], records: Records, bar
+) -> None:
+    """Greedy continuations against those of ``auto``, and right answers of quizzes.
+
+    A quiz's examples are prefilled in chunks, and its questions then find them in the prefix cache:
+    all of them are read from quantized pages, window or not.
+    """
+    if plan.examples % PAGE_TOKENS:
+        raise ValueError(f"the examples of a quiz must be whole pages of {PAGE_TOKENS} tokens, not {plan.examples}")
+    dtypes = with_auto(dtypes)
+    length = max(plan.prompt + plan.generated, plan.examples)
+    for path in models:
+        task_bar = bar.add_task(Path(path).name, total=len(dtypes))
+        exact: torch.Tensor | None = None
+        for dtype in dtypes:
+            bar.update(task_bar, description=f"{Path(path).name} generates through vLLM: {dtype}")
+            llm = start(path, dtype, Plan(0, length, 0, plan.chunk), max_num_seqs=min(16, plan.chunk),
+                        max_num_batched_tokens=plan.chunk)  # fmt: skip
+            if plan.texts:
+                documents = Tasks(llm.get_tokenizer(), texts).documents(plan.texts, plan.prompt).tolist()
+                found = torch.tensor(_generate(llm, documents, [plan.generated] * plan.texts))
+                exact = found if exact is None else exact
+                settings = chosen(plan, "texts", "prompt", "generated", "chunk")
+                records.add(new_record(path, dtype, llm, "greedy", settings), measures.agreement(found, exact))
+            for answers in quiz.ANSWERS if plan.quizzes else ():
+                values = [_answer(llm, seed, answers, plan) for seed in range(plan.quizzes)]
+                settings = {k: getattr(plan, k) for k in ("quizzes", "items", "examples", "chunk")}
+                settings["answers"] = answers
+                records.add(new_record(path, dtype, llm, "quiz", settings), values)
+            stop(llm)
+            del llm
+            bar.advance(task_bar)
+
+
+def _generate(llm, prompts: list[list[int]], tokens: list[int]) -> list[list[int]]:
+    """Exactly so many greedy tokens after each prompt."""
+    from vllm import SamplingParams
+
+    sampling = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in tokens]
+    out = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+    return [list(o.outputs[0].token_ids) for o in out]
+
+
+def _answer(llm, seed: int, answers: str, plan: Generation) -> list[int]:
+    """1 for every question whose whole answer is generated, else 0."""
+    made = quiz.make(llm.get_tokenizer(), seed, answers, plan.examples, plan.items)
+    _generate(llm, [made.examples], [1])  # alone, so that all questions hit
+    given = _generate(llm, [made.examples + q for q, _ in made.items], [len(a) for _, a in made.items])
+    return [int(answer == right) for answer, (_, right) in zip(given, made.items, strict=True)]
 
 
 def measure_served(
@@ -159,7 +267,7 @@ def measure_served(
                             for q, a in zip(questions, answers, strict=True)
                         }
                     )
-                settings = {"length": plan.length, "seeds": plan.seeds, "task": task, "served": True}
+                settings = chosen(plan, "length", "seeds") | {"task": task, "served": True}
                 records.add(new_record(path, dtype, llm, "recall", settings), values)
             stop(llm)
             del llm

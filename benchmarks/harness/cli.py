@@ -12,6 +12,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from vllm_oscar.core.config import PAGE_TOKENS, PRESETS
+
 from . import suites
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -23,31 +25,56 @@ Dtypes = Annotated[str, typer.Option("--kv", help="KV-cache dtypes to compare, c
 Limit = Annotated[int | None, typer.Option(help="At most this many samples per task.")]
 Args = Annotated[list[str] | None, typer.Option("--arg", help="key=value for vLLM's LLM(), e.g. max_model_len=32768.")]
 Out = Annotated[Path, typer.Option(help="Results folder.")]
-ALL = "auto,oscar,oscar_small,oscar_large"
+Chunk = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens per prefill step, all requests together: what is older than this and the window is read from "
+        "quantized pages. 0: vLLM's own. [default: one page]"
+    ),
+]
+ALL = ",".join(("auto", *PRESETS))
 
 
 @app.command()
 def gsm8k(
-    model: Model, data: Data = None, kv: Dtypes = ALL, limit: Limit = None, arg: Args = None, out: Out = Path("harness")
+    model: Model,
+    data: Data = None,
+    kv: Dtypes = ALL,
+    limit: Limit = None,
+    arg: Args = None,
+    chunk: Chunk = None,
+    out: Out = Path("harness"),
 ):
     """Grade-school arithmetic: what low-bit caches break first."""
-    compare("gsm8k", model, kv, out, arg, limit, data=data)
+    compare("gsm8k", model, kv, out, arg, chunk, limit, data=data)
 
 
 @app.command("longbench-e")
 def longbench_e(
-    model: Model, data: Data = None, kv: Dtypes = ALL, limit: Limit = None, arg: Args = None, out: Out = Path("harness")
+    model: Model,
+    data: Data = None,
+    kv: Dtypes = ALL,
+    limit: Limit = None,
+    arg: Args = None,
+    chunk: Chunk = None,
+    out: Out = Path("harness"),
 ):
     """LongBench-E, all its tasks of which data is there."""
-    compare("longbench_e", model, kv, out, arg, limit, data=data)
+    compare("longbench_e", model, kv, out, arg, chunk, limit, data=data)
 
 
 @app.command()
 def ruler(
-    model: Model, data: Data = None, kv: Dtypes = ALL, limit: Limit = None, arg: Args = None, out: Out = Path("harness")
+    model: Model,
+    data: Data = None,
+    kv: Dtypes = ALL,
+    limit: Limit = None,
+    arg: Args = None,
+    chunk: Chunk = None,
+    out: Out = Path("harness"),
 ):
     """RULER."""
-    compare("ruler", model, kv, out, arg, limit, data=data)
+    compare("ruler", model, kv, out, arg, chunk, limit, data=data)
 
 
 @app.command()
@@ -58,11 +85,12 @@ def needle(
     samples: Annotated[int, typer.Option(help="Documents per length and depth.")] = 10,
     kv: Dtypes = ALL,
     arg: Args = None,
+    chunk: Chunk = None,
     out: Out = Path("harness"),
 ):
     """A needle in a haystack of your own text, over length and depth."""
     chosen = [int(n) for n in lengths.split(",")]
-    compare("needle", model, kv, out, arg, None, data=data, lengths=chosen, samples=samples)
+    compare("needle", model, kv, out, arg, chunk, None, data=data, lengths=chosen, samples=samples)
 
 
 @app.command("lm-eval")
@@ -72,10 +100,11 @@ def lm_eval(
     kv: Dtypes = ALL,
     limit: Limit = None,
     arg: Args = None,
+    chunk: Chunk = None,
     out: Out = Path("harness"),
 ):
     """Any lm-eval tasks."""
-    compare("lm-eval", model, kv, out, arg, limit, tasks=tasks.split(","))
+    compare("lm-eval", model, kv, out, arg, chunk, limit, tasks=tasks.split(","))
 
 
 def make_tasks(suite: str, model: str, data=None, tasks=(), lengths=(), samples=0) -> list[suites.Task]:
@@ -91,21 +120,8 @@ def make_tasks(suite: str, model: str, data=None, tasks=(), lengths=(), samples=
     return made
 
 
-def evaluate(suite: str, model: str, dtype: str, engine: dict, limit: int | None, options: dict) -> dict[str, dict]:
-    """Metrics per task of one KV-cache dtype. Runs in a process of its own, which then frees the device."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.vllm_causallms import VLLM
-
-    lm = VLLM(pretrained=model, kv_cache_dtype=dtype, **{"seed": 0, "batch_size": "auto"} | engine)
-    tasks = make_tasks(suite, model, **options)
-    results = simple_evaluate(model=lm, tasks=tasks, limit=limit, log_samples=False, bootstrap_iters=1000)
-    lm.model.llm_engine.engine_core.shutdown()  # otherwise this process would wait for the engine's for ever
-    found = results["results"].items()
-    return {task: {k: v for k, v in metrics.items() if isinstance(v, (int, float))} for task, metrics in found}
-
-
-def compare(suite: str, model: str, kv: str, out: Path, arg: list[str] | None, limit: int | None, **options) -> None:
-    """Evaluate every dtype and write ``<suite>.json`` and ``<suite>.md``; dtypes already there are kept."""
+def engine_options(arg: list[str] | None, chunk: int | None) -> dict:
+    """What goes to vLLM's ``LLM()``: the user's pairs, and chunks that let a score see the loss."""
     engine = {}
     for pair in arg or []:
         key, _, value = pair.partition("=")
@@ -113,6 +129,48 @@ def compare(suite: str, model: str, kv: str, out: Path, arg: list[str] | None, l
             engine[key] = json.loads(value)
         except json.JSONDecodeError:
             engine[key] = value
+    chunk = PAGE_TOKENS if chunk is None else chunk
+    if not chunk:
+        return engine
+    if "max_num_batched_tokens" in engine:
+        raise typer.BadParameter("--arg max_num_batched_tokens is what --chunk sets; give one of them, or --chunk 0")
+    # A step holds at least one token of every request that runs.
+    requests = min(chunk, engine.get("max_num_seqs", chunk))
+    return engine | {"enable_chunked_prefill": True, "max_num_batched_tokens": chunk, "max_num_seqs": requests}
+
+
+def evaluate(
+    suite: str, model: str, dtype: str, window: int | None, engine: dict, limit: int | None, options: dict
+) -> dict[str, dict]:
+    """Metrics per task of one KV-cache dtype. Runs in a process of its own, which then frees the device.
+
+    ``window``: the widest of the presets that are compared; the first dtype already refuses tasks that
+    could not tell them apart.
+    """
+    from lm_eval import simple_evaluate
+
+    from .model import WatchedVLLM
+
+    lm = WatchedVLLM(
+        pretrained=model, kv_cache_dtype=dtype, window=window, **{"seed": 0, "batch_size": "auto"} | engine
+    )
+    try:
+        tasks = make_tasks(suite, model, **options)
+        results = simple_evaluate(model=lm, tasks=tasks, limit=limit, log_samples=False, bootstrap_iters=1000)
+    finally:
+        lm.model.llm_engine.engine_core.shutdown()  # otherwise this process would wait for the engine's for ever
+    for task, share in lm.shares.items():
+        results["results"][task]["read from pages,none"] = share
+    found = results["results"].items()
+    return {task: {k: v for k, v in metrics.items() if isinstance(v, (int, float))} for task, metrics in found}
+
+
+def compare(
+    suite: str, model: str, kv: str, out: Path, arg: list[str] | None, chunk: int | None, limit: int | None, **options
+) -> None:
+    """Evaluate every dtype and write ``<suite>.json`` and ``<suite>.md``; dtypes already there are kept."""
+    engine = engine_options(arg, chunk)
+    windows = [PRESETS[dtype].window for dtype in kv.split(",") if dtype in PRESETS]
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{suite}.json"
     settings = {"model": model, "limit": limit, "engine": engine, "options": {k: str(v) for k, v in options.items()}}
@@ -122,8 +180,12 @@ def compare(suite: str, model: str, kv: str, out: Path, arg: list[str] | None, l
         if dtype in found:
             continue
         console.rule(f"{suite}: {dtype}")
+        job = evaluate, suite, model, dtype, max(windows, default=None), engine, limit, options
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            found[dtype] = pool.submit(evaluate, suite, model, dtype, engine, limit, options).result()
+            try:
+                found[dtype] = pool.submit(*job).result()
+            except suites.NoLossSeen as error:
+                raise typer.BadParameter(str(error)) from None
         path.write_text(json.dumps({"settings": settings, "results": found}, indent=1) + "\n")
     table = markdown(suite, found)
     (out / f"{suite}.md").write_text(table)

@@ -25,6 +25,10 @@ Task = str | dict
 NEEDLE_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
+class NoLossSeen(ValueError):
+    """The scores of a task would be those of an unquantized cache."""
+
+
 def _rows(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
 
