@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_oscar.core import format as fmt_
+from vllm_oscar.core import hadamard as hadamard_module
 from vllm_oscar.core.config import PRESETS, SUPPORTED_HEAD_DIMS, NormScope, OscarConfig, ParamType, get_preset
 from vllm_oscar.core.format import PageFormat
 from vllm_oscar.core.hadamard import hadamard, rotate, unrotate
@@ -290,3 +291,18 @@ def test_int8_tokens_keep_zero_nan_and_large_apart():
     assert back[2].isfinite().all(), "saturated"
     again = to_int8(back[[0, 2, 3]])
     assert torch.equal(again[0], codes[[0, 2, 3]]), "rounding twice changes nothing"
+
+
+@pytest.mark.parametrize("dim", SUPPORTED_HEAD_DIMS)
+def test_the_rotation_does_not_depend_on_torch_defaults(dim):
+    """vLLM makes its layers, and with them our tables, under a default dtype and device of its own."""
+    expected = hadamard(dim).double()
+    before = torch.get_default_dtype()
+    fresh = hadamard_module._hadamard_cpu.__wrapped__
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta"):
+            found = fresh(dim)
+    finally:
+        torch.set_default_dtype(before)
+    assert found.device.type == "cpu" and found.dtype == torch.float32 and torch.equal(found.double(), expected)

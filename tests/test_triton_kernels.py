@@ -389,3 +389,13 @@ def test_strides_that_would_need_a_copy_are_refused(name):
         setattr(batch, name, getattr(batch, name).repeat_interleave(2, -1)[..., ::2])
     with pytest.raises(ValueError, match=f"OScaR Triton kernels: .*{name}.* contiguous"):
         ops.attention(batch.step, batch.cache(), *tensors.values())
+
+
+def test_reserve_under_the_defaults_of_a_model_being_made():
+    from vllm_oscar.ops.triton import layout
+
+    for order in ("natural", "key", "value"):
+        made = layout.rotation.__wrapped__
+        with torch.device("meta"):
+            found = made(80, order, torch.device("cpu"))
+        assert torch.equal(found, made(80, order, torch.device("cpu")))

@@ -14,13 +14,15 @@ from functools import lru_cache
 import torch
 
 _PALEY_ORDERS = (12, 20, 28)
+# vLLM makes its layers under other defaults for device and dtype.
+_PLAIN = {"device": "cpu", "dtype": torch.float32}
 
 
 def _legendre(q: int) -> torch.Tensor:
     """Jacobsthal matrix of the prime ``q``: entry (i, j) is the Legendre symbol of i - j."""
     squares = {(x * x) % q for x in range(1, q)}
-    symbol = torch.tensor([0.0] + [1.0 if x in squares else -1.0 for x in range(1, q)])
-    index = torch.arange(q)
+    symbol = torch.tensor([0.0] + [1.0 if x in squares else -1.0 for x in range(1, q)], **_PLAIN)
+    index = torch.arange(q, device="cpu")
     return symbol[(index[:, None] - index[None, :]) % q]
 
 
@@ -28,18 +30,18 @@ def _paley(order: int) -> torch.Tensor:
     """Unnormalised Hadamard matrix of order 12, 20 (Paley I) or 28 (Paley II)."""
     if order in (12, 20):
         q = order - 1
-        skew = torch.zeros(order, order)
+        skew = torch.zeros(order, order, **_PLAIN)
         skew[0, 1:] = 1.0
         skew[1:, 0] = -1.0
         skew[1:, 1:] = _legendre(q)
-        return skew + torch.eye(order)
+        return skew + torch.eye(order, **_PLAIN)
     q = order // 2 - 1
-    conference = torch.zeros(q + 1, q + 1)
+    conference = torch.zeros(q + 1, q + 1, **_PLAIN)
     conference[0, 1:] = conference[1:, 0] = 1.0
     conference[1:, 1:] = _legendre(q)
-    plus = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
-    diagonal = torch.tensor([[1.0, -1.0], [-1.0, -1.0]])
-    return torch.kron(conference, plus) + torch.kron(torch.eye(q + 1), diagonal)
+    plus = torch.tensor([[1.0, 1.0], [1.0, -1.0]], **_PLAIN)
+    diagonal = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], **_PLAIN)
+    return torch.kron(conference, plus) + torch.kron(torch.eye(q + 1, **_PLAIN), diagonal)
 
 
 @lru_cache(maxsize=None)
@@ -48,8 +50,8 @@ def _hadamard_cpu(order: int) -> torch.Tensor:
     power = order // base
     if power & (power - 1):
         raise ValueError(f"no Hadamard matrix of order {order} is built in")
-    matrix = _paley(base) if base > 1 else torch.ones(1, 1)
-    sylvester = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    matrix = _paley(base) if base > 1 else torch.ones(1, 1, **_PLAIN)
+    sylvester = torch.tensor([[1.0, 1.0], [1.0, -1.0]], **_PLAIN)
     while matrix.shape[0] < order:
         matrix = torch.kron(sylvester, matrix)
     return matrix / order**0.5

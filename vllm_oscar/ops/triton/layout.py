@@ -197,10 +197,11 @@ def rotation(dim: int, order: str, device: torch.device) -> torch.Tensor:
     key columns. ``"value"``: ``[2, HALF_PAD, DIM_PAD]``, the inverse from value columns.
     """
     signs, full, half = _signs(dim), padded(dim), padded(dim // 2)
-    if order == "natural":
-        table = _pad(signs, full, full)
-    elif order == "key":
-        table = _pad(signs[:, key_channels(dim)].transpose(0, 1), full, half)
-    else:
-        table = _pad(signs.T[value_channels(dim)], half, full)
+    with torch.device("cpu"):  # vLLM makes its layers under another default
+        if order == "natural":
+            table = _pad(signs, full, full)
+        elif order == "key":
+            table = _pad(signs[:, key_channels(dim)].transpose(0, 1), full, half)
+        else:
+            table = _pad(signs.T[value_channels(dim)], half, full)
     return table.to(torch.int8).contiguous().to(device)
