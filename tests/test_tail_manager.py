@@ -142,3 +142,12 @@ def test_ring_start(context, hit_pages, window):
         assert hit <= start <= context  # what lies before a hit was never in this ring
         assert context - start <= capacity  # and the ring holds no more than that
         assert -(-start // 128) * 128 <= context  # pages that are read are full
+
+
+def test_a_cache_is_a_view_and_never_a_copy():
+    from vllm_oscar.engine.impl import _blocks
+
+    memory = torch.zeros(3, 2, 128, 90, dtype=torch.uint8)
+    assert _blocks("pages", memory).data_ptr() == memory.data_ptr() and _blocks("pages", memory).shape == (3, 2, 11520)
+    with pytest.raises(ValueError, match=r"the pages of shape .* do not hold the bytes of a page one after the other"):
+        _blocks("pages", memory.transpose(1, 2).contiguous().transpose(1, 2))

@@ -20,7 +20,7 @@ import torch
 from vllm_engine import MODEL, environment
 
 from vllm_oscar.engine import checks
-from vllm_oscar.engine.checks import UnsupportedByOscar
+from vllm_oscar.engine.refusal import UnsupportedByOscar
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

@@ -12,19 +12,12 @@ import logging
 from vllm_oscar.core import envs
 from vllm_oscar.core.config import PAGE_TOKENS, PRESETS, SUPPORTED_HEAD_DIMS, NormScope
 from vllm_oscar.core.layers import uneven_layers
+from vllm_oscar.engine.refusal import OTHER_MODEL, UnsupportedByOscar
 
 logger = logging.getLogger("vllm.oscar")
 
 
-class UnsupportedByOscar(Exception):
-    """The requested combination cannot be served with an OScaR KV cache.
-
-    Not a ``ValueError``: pydantic would wrap that in a message about the whole configuration.
-    """
-
-
 _HEAD_DIMS = ", ".join(map(str, SUPPORTED_HEAD_DIMS))
-OTHER_MODEL = "choose another model, or serve this model with --kv-cache-dtype auto"
 
 
 def _refuse(dtype: str, what: str, remedy: str) -> None:

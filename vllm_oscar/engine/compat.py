@@ -18,7 +18,7 @@ import torch
 from vllm_oscar.core import envs
 from vllm_oscar.core.config import PRESETS
 from vllm_oscar.engine import symbols
-from vllm_oscar.engine.checks import UnsupportedByOscar
+from vllm_oscar.engine.refusal import UnsupportedByOscar
 
 MIN_VLLM = (0, 29)
 MAX_VLLM = (0, 33)  # inclusive

@@ -14,8 +14,8 @@ from vllm_oscar.core import envs
 from vllm_oscar.core.config import get_preset
 from vllm_oscar.core.format import PageFormat
 from vllm_oscar.core.lossless import LosslessFormat
-from vllm_oscar.engine.checks import OTHER_MODEL, UnsupportedByOscar
 from vllm_oscar.engine.metadata import OscarMetadata, OscarTailMetadata
+from vllm_oscar.engine.refusal import OTHER_MODEL, UnsupportedByOscar
 from vllm_oscar.ops import select
 from vllm_oscar.ops.step import Cache, HostLengths, Limits, Step
 

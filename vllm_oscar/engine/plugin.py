@@ -42,7 +42,7 @@ def _refuse(problem: str) -> None:
 
 def show_refusals_alone() -> None:
     """Print an uncaught refusal as its sentence; the traceback, which helps nobody, at debug level."""
-    from vllm_oscar.engine.checks import UnsupportedByOscar
+    from vllm_oscar.engine.refusal import UnsupportedByOscar
 
     previous = sys.excepthook
     if getattr(previous, "_oscar", False):
