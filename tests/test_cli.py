@@ -47,7 +47,7 @@ def test_plan_shows_every_format_with_the_block_managers_sums(model):
     assert rows["auto"][4] == f"{int(blocks / 256 * 32768):,}"
     blocks = 24 * 2**30 // (36 * 8 * 128 * 90)
     assert rows["oscar"][2:5] == [f"{blocks:,}", "6", f"{int(blocks / (256 + 6) * 32768):,}"]
-    assert rows["oscar"][7] == "0.15-0.23x" and rows["fp8"][7] == "-"
+    assert rows["oscar"][7] == "0.07-0.08x" and rows["fp8"][7] == "-"
 
 
 def test_plan_accounts_for_tensor_parallelism_and_drafts(model):

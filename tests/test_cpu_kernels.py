@@ -20,6 +20,7 @@ from vllm_oscar.core.format import PageFormat
 from vllm_oscar.core.ring import read_tokens, ring_slots, write_tokens
 from vllm_oscar.ops import cpu
 from vllm_oscar.ops import reference as reference_ops
+from vllm_oscar.ops.library import NativeLibraryError
 from vllm_oscar.ops.step import Cache, Limits, Step
 
 pytestmark = pytest.mark.skipif(not cpu.available()[0], reason=cpu.available()[1])
@@ -342,8 +343,13 @@ def test_stored_pages_match_the_reference(preset, dim, on_isa):
             for place, kind in ((key, torch.int8), (value, torch.uint8)):
                 a, b = (x[first][..., place].contiguous().view(kind).int() for x in (got, want))
                 assert (a - b).abs().max() <= 1 and (a != b).float().mean() < 1e-2
+        # A key scale on a tie changes the gains of a whole group: norms are compared where the scales are the same.
+        params = fmt.sections["k_params"].slice
+        same = (got[..., params] == want[..., params]).all(-1) | (not fmt.config.key_gain)
+        assert same.any()
         for name, section in fmt.sections.items():
             differing = (got[..., section.slice] != want[..., section.slice]).float()
+            differing = differing[same] if name == "norms" else differing
             if differing.numel():
                 assert differing.mean() < 2e-3, f"{isa}: {differing.mean():.2e} of {name} differ"
         assert torch.equal(got[..., fmt.sections["norms"].end :], want[..., fmt.sections["norms"].end :])
@@ -437,8 +443,8 @@ def test_wrong_arguments_are_refused(name):
 
 def test_a_library_of_another_format_is_refused(monkeypatch):
     monkeypatch.setattr(cpu, "FORMAT_VERSION", format.FORMAT_VERSION + 1)
-    library, reason = cpu._load.__wrapped__()
-    assert library is None and "another version of vllm-oscar" in reason
+    with pytest.raises(NativeLibraryError, match="has another interface than this package"):
+        cpu._library.__wrapped__()
 
 
 def test_an_unknown_instruction_set_is_refused_at_start_up(on_isa):

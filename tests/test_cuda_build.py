@@ -164,7 +164,7 @@ def test_no_spills_and_registers_within_budget(source, arch, tmp_path):
     assert kernels
     # With sixteen query rows or 256 channels the compiler for sm_120 finds no place for up to a dozen values.
     for name, (registers, spilled) in kernels.items():
-        tight = arch == "120" and (source == "attention_256.cu" or "Li2EEEv" in name)
+        tight = arch == "120" and (source in ("attention_256.cu", "store.cu") or "Li2EEEv" in name)
         assert spilled <= (128 if tight else 0), f"{name} spills {spilled} bytes"
         if source == "store.cu":
             assert registers <= 85, name  # three blocks a multiprocessor, for which it has memory at head size 128

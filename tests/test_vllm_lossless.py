@@ -179,7 +179,7 @@ def test_everything_together(engine_host, prompts, auto):
         "oscar",
         env=LOSSLESS,
         max_model_len=512,
-        num_gpu_blocks_override=32,
+        num_gpu_blocks_override=28,
         enable_prefix_caching=True,
         max_num_batched_tokens=150,
         speculative_config={"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2},

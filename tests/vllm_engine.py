@@ -170,14 +170,11 @@ class _Engine:
         from vllm import LLM
         from vllm.platforms import current_platform
 
-        from vllm_oscar.ops import select
-
         for name in SWITCHES:
             os.environ.pop(name, None)
         os.environ.update(env)
         if args.get("distributed_executor_backend") == "ray":
             _start_ray()
-        select._select.cache_clear()
         self.llm = LLM(**args)
         # Once is enough, and the second time vLLM trips over numba if n-gram drafting loaded it.
         type(current_platform).register_triton_kernel_overrides = classmethod(lambda cls: None)

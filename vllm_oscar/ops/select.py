@@ -40,12 +40,11 @@ def select(device_type: str, fmt: PageFormat | LosslessFormat) -> Kernels:
         from vllm_oscar.ops import reference
 
         return reference
-    return _select(device_type, fmt.head_dim)
+    return _select(device_type, fmt.head_dim, envs.forced_kernels())
 
 
 @lru_cache(maxsize=None)
-def _select(device_type: str, head_dim: int) -> Kernels:
-    forced = envs.forced_kernels()
+def _select(device_type: str, head_dim: int, forced: str | None) -> Kernels:
     kinds = (forced,) if forced else CANDIDATES.get(device_type, ())
     reasons = []
     for kind in kinds:
