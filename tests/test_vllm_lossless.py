@@ -192,7 +192,7 @@ def test_everything_together(engine_host, prompts, auto):
     assert counters["vllm:num_preemptions"] > 0
     assert counters["vllm:prefix_cache_hits"] > 0
     assert counters["vllm:spec_decode_num_accepted_tokens"] > 0
-    assert engine_host.state()["free"] == 31
+    assert engine_host.state()["free"] == 27  # all but the null block
 
 
 @pytest.mark.parametrize("word", [0xFFFFFFFF, NAN, 0x7F7F7F7F], ids=["ff", "nan", "huge"])
