@@ -67,6 +67,7 @@ from functools import cached_property, lru_cache
 import torch
 
 from vllm_oscar.core.config import PAGE_TOKENS, SUPPORTED_HEAD_DIMS, NormScope, OscarConfig, get_preset
+from vllm_oscar.core.ring import RingType
 
 FORMAT_VERSION = 2
 """Changes whenever a page of the same configuration would be read otherwise. Native libraries are
@@ -187,11 +188,14 @@ class PageFormat:
         return 16 / self.bits_per_element
 
     # ---- the ring -----------------------------------------------------------
-    is_lossless = False
+    @property
+    def ring_type(self) -> RingType:
+        """In what the ring holds tokens."""
+        return self.config.ring
 
     def ring_tokens_per_page(self, itemsize: int) -> int:
         """Tokens of a ring page, for a model whose elements have ``itemsize`` bytes (:mod:`vllm_oscar.core.ring`)."""
-        return self.page_bytes // self.config.ring.token_bytes(self.head_dim, itemsize)
+        return self.page_bytes // self.ring_type.token_bytes(self.head_dim, itemsize)
 
     def ring_pages(self, itemsize: int, drafts: int = 0) -> int:
         """Pages of a request's ring, with room for ``drafts`` tokens that may be rejected after a step."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_oscar.core.config import PAGE_TOKENS, OscarConfig
+from vllm_oscar.core.ring import RingType
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,14 @@ class LosslessFormat:
     def page_bytes(self) -> int:
         return self.bytes_per_token * PAGE_TOKENS
 
-    is_lossless = True
+    ring_type = RingType.MODEL  # whatever the preset says
 
     def ring_tokens_per_page(self, itemsize: int) -> int:
         """As few as with a compressed page, so that the ring still spans several pages."""
         return 24
 
     def ring_pages(self, itemsize: int, drafts: int = 0) -> int:
-        """Pages of a request's ring; it holds tokens in the model's dtype, whatever the preset says."""
+        """Pages of a request's ring."""
         return -(-self.config.ring_capacity(drafts) // self.ring_tokens_per_page(itemsize))
 
     def encode(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -67,7 +67,7 @@ def write_tokens(ring: torch.Tensor, fmt, block, token, key: torch.Tensor, value
     ``ring``: uint8 ``[blocks, H, page_bytes]``, heads may be strided. ``fmt``: a page format.
     """
     both = torch.stack([key, value], 2)  # [n, H, 2, D]
-    if fmt.config.ring is RingType.MODEL or fmt.is_lossless:
+    if fmt.ring_type is RingType.MODEL:
         _elements(ring, fmt, key.dtype)[block, :, token] = both
         return
     codes, scales = to_int8(both)
@@ -77,7 +77,7 @@ def write_tokens(ring: torch.Tensor, fmt, block, token, key: torch.Tensor, value
 
 def read_tokens(ring: torch.Tensor, fmt, block, token, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values ``[n, H, D]`` at ``(block, token)``: in the model's ``dtype``, of an INT8 ring in float32."""
-    if fmt.config.ring is RingType.MODEL or fmt.is_lossless:
+    if fmt.ring_type is RingType.MODEL:
         both = _elements(ring, fmt, dtype)[block, :, token]
     else:
         codes, scales = _elements(ring, fmt, torch.int8)[block, :, token], _scales(ring, fmt)[block, :, token]

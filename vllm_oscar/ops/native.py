@@ -117,7 +117,7 @@ def format_struct(fmt: PageFormat, itemsize: int) -> FormatStruct:
         first_key=fmt.first_key.offset,
         first_value=fmt.first_value.offset,
         page_bytes=fmt.page_bytes,
-        int8_ring=config.ring is RingType.INT8,
+        int8_ring=fmt.ring_type is RingType.INT8,
         ring_tokens=fmt.ring_tokens_per_page(itemsize),
     )
 
