@@ -33,6 +33,7 @@ from rich.table import Table  # noqa: E402
 
 from vllm_oscar.core.config import PAGE_TOKENS  # noqa: E402
 from vllm_oscar.core.format import PageFormat  # noqa: E402
+from vllm_oscar.core.softmax import Softmax  # noqa: E402
 from vllm_oscar.ops import cpu, reference  # noqa: E402
 from vllm_oscar.ops.step import Cache, Step  # noqa: E402
 
@@ -90,7 +91,7 @@ class Case:
             ring=torch.zeros(batch * ring_pages, kv_heads, fmt.page_bytes, dtype=torch.uint8),
             ring_pages=ring_pages,
             fmt=fmt,
-            scale=dim**-0.5,
+            softmax=Softmax(dim**-0.5),
         )
         whole = replace(
             self.step.head(1, some * PAGE_TOKENS),

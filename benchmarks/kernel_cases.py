@@ -11,6 +11,7 @@ from vllm_oscar.core import reference
 from vllm_oscar.core.config import PAGE_TOKENS
 from vllm_oscar.core.format import PageFormat
 from vllm_oscar.core.ring import ring_slots, write_tokens
+from vllm_oscar.core.softmax import Softmax
 from vllm_oscar.ops import reference as reference_ops
 from vllm_oscar.ops.step import Cache, Step
 
@@ -144,7 +145,7 @@ def make_case(
         ring_start=int32(ring_start),
         max_query_len=int(lengths.max()),
     )
-    return Case(step, Cache(pages, ring, ring_pages, fmt, fmt.head_dim**-0.5), query.to(dtype), key, value)
+    return Case(step, Cache(pages, ring, ring_pages, fmt, Softmax(fmt.head_dim**-0.5)), query.to(dtype), key, value)
 
 
 def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:

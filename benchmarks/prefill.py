@@ -25,6 +25,7 @@ from benchmarks.kernel_cases import Case, make_case, random_ring  # noqa: E402
 from benchmarks.kernels import MODELS, Results, stamp  # noqa: E402
 from vllm_oscar.core.config import PAGE_TOKENS, PRESETS  # noqa: E402
 from vllm_oscar.core.format import PageFormat  # noqa: E402
+from vllm_oscar.core.softmax import Softmax  # noqa: E402
 from vllm_oscar.ops import dense_prefill  # noqa: E402
 from vllm_oscar.ops.step import Cache, Limits, Step  # noqa: E402
 
@@ -97,7 +98,7 @@ def make_layers(shape: Shape, fmt: PageFormat, heads: int, group: int, layers: i
         firsts = table[:, 0].unique().long()
         pages[firsts] = pool[:, 0][torch.randint(4, (len(firsts),), device=device)]
         ring = random_ring(requests * ring_pages, heads, fmt, dtype, device)
-        cases.append(Case(step, Cache(pages, ring, ring_pages, fmt, fmt.head_dim**-0.5), query, key, value))
+        cases.append(Case(step, Cache(pages, ring, ring_pages, fmt, Softmax(fmt.head_dim**-0.5)), query, key, value))
     return cases
 
 

@@ -18,6 +18,7 @@ from vllm_oscar.core import format, reference
 from vllm_oscar.core.config import PAGE_TOKENS, PRESETS, SUPPORTED_HEAD_DIMS, NormScope
 from vllm_oscar.core.format import PageFormat
 from vllm_oscar.core.ring import read_tokens, ring_slots, write_tokens
+from vllm_oscar.core.softmax import Softmax
 from vllm_oscar.ops import cpu
 from vllm_oscar.ops import reference as reference_ops
 from vllm_oscar.ops.library import NativeLibraryError
@@ -108,7 +109,7 @@ class PoisonedCase(Case):
             ring_start=torch.tensor(starts, dtype=torch.int32),
             max_query_len=max(new for _, new, _ in requests),
         )
-        super().__init__(step, Cache(pages, ring, ring_pages, fmt, dim**-0.5), query, key, value)
+        super().__init__(step, Cache(pages, ring, ring_pages, fmt, Softmax(dim**-0.5)), query, key, value)
 
     def poison(self, byte: int) -> None:
         """Overwrite whatever this step must not read."""
@@ -299,7 +300,7 @@ def test_a_bad_token_of_the_ring_reaches_only_its_request(where, on_isa):
     for isa in ISAS:
         on_isa(isa)
         zeros = [torch.zeros(n, 2, fmt.page_bytes, dtype=torch.uint8) for n in (3, 3 * ring_pages)]
-        cache = Cache(*zeros, ring_pages, fmt, 0.125)
+        cache = Cache(*zeros, ring_pages, fmt, Softmax(0.125))
         cpu.write_ring(step(torch.zeros(3).long(), lengths), cache, key, value)
         following = Case(step(lengths, new), cache, torch.randn(82, 4, 64).to(dtype), tokens(82), tokens(82))
         out = following.attention(cpu)

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.skipif(
 
 CHECK = """
 import ctypes, os, torch
+from vllm_oscar.core.softmax import Softmax
 from vllm_oscar.core.format import PageFormat
 from vllm_oscar.ops import cpu
 from vllm_oscar.ops.step import Cache, Step
@@ -62,7 +63,7 @@ for isa in cpu.isas():
         )
         pages = exact(torch.zeros(15, heads, fmt.page_bytes, dtype=torch.uint8))
         ring = exact(torch.zeros(5 * ring_pages, heads, fmt.page_bytes, dtype=torch.uint8))
-        cache = Cache(pages, ring, ring_pages, fmt, dim**-0.5)
+        cache = Cache(pages, ring, ring_pages, fmt, Softmax(dim**-0.5))
         key, value = (exact(torch.randn(178, heads, dim).to(dtype)) for _ in range(2))
         query, out = (exact(torch.randn(178, heads * group, dim).to(dtype)) for _ in range(2))
         cpu.store_pages(step, cache, key, value)

@@ -23,6 +23,7 @@ from vllm_oscar.core.format import PageFormat  # noqa: E402
 from vllm_oscar.core.reference import attention as reference_attention  # noqa: E402
 from vllm_oscar.core.reference import encode_pages  # noqa: E402
 from vllm_oscar.core.ring import RingType, from_int8, to_int8  # noqa: E402
+from vllm_oscar.core.softmax import Softmax  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "examples" / "demo_model"
@@ -110,8 +111,9 @@ def test_each_query_sees_what_the_serving_path_reads(name, position):
     )
     start = max(0, position - fmt.config.window) if fmt.config.window else full * 128
     expected = reference_attention(
-        query[0, :, position][None], *own, pages, k[start:position], v[start:position], position, start, 0.125, fmt
-    )[0]
+        query[0, :, position][None], *own, pages, k[start:position], v[start:position], position, start,
+        Softmax(0.125), fmt,
+    )[0]  # fmt: skip
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 

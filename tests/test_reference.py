@@ -14,6 +14,7 @@ from vllm_oscar.core.config import PRESETS, SUPPORTED_HEAD_DIMS, NormScope, Osca
 from vllm_oscar.core.format import PageFormat, unpack_codes
 from vllm_oscar.core.hadamard import hadamard, rotate
 from vllm_oscar.core.reference import _gain, attention, decode_page, decode_pages, encode_page, encode_pages
+from vllm_oscar.core.softmax import Softmax
 
 OURS = [name for name, config in PRESETS.items() if config.first_token]
 presets = st.sampled_from(list(PRESETS))
@@ -407,8 +408,21 @@ def test_other_configs(options, head_dim):
     "context, ring_start", [(0, 0), (5, 0), (128, 128), (128, 0), (300, 256), (300, 172), (400, 384)]
 )
 def test_attention_reads_pages_then_ring_then_the_step(preset, context, ring_start):
+    check_attention(preset, context, ring_start, Softmax(0.2))
+
+
+@pytest.mark.parametrize("options", [{}, {"soft_cap": 1.5}, {"sinks": torch.linspace(-2, 3, 6)}])
+@pytest.mark.parametrize("sliding_window", [1, 2, 100, 127, 128, 129, 172, 173, 300, 306, 307, 4096])
+@pytest.mark.parametrize("context, ring_start", [(0, 0), (128, 0), (300, 256), (300, 172), (400, 384)])
+def test_attention_of_a_sliding_window_with_soft_cap_or_sinks(context, ring_start, sliding_window, options):
+    check_attention("oscar", context, ring_start, Softmax(0.2, sliding_window, **options))
+
+
+def check_attention(preset: str, context: int, ring_start: int, softmax: Softmax):
     """Against a loop over single logits in float64."""
-    fmt, scale, queries = PageFormat.preset(preset, 64), 0.2, 7
+    fmt, queries = PageFormat.preset(preset, 64), 7
+    first_visible = max(0, context + 1 - (softmax.sliding_window or 1 << 30))
+    ring_start = min(max(ring_start, first_visible), context)
     generator = torch.Generator().manual_seed(context)
     key, value = torch.randn(2, context + queries, 2, 64, generator=generator)
     query = torch.randn(queries, 6, 64, generator=generator)
@@ -420,15 +434,20 @@ def test_attention_reads_pages_then_ring_then_the_step(preset, context, ring_sta
         blocks = [x[: count * 128].unflatten(0, (count, 128)) for x in (key, value)]
         pages = encode_pages(*blocks, fmt, first)
         for x, coded in zip(seen, decode_pages(pages, fmt, first)):
-            x[:ring_start] = coded.flatten(0, 1)[:ring_start].double()
+            coded = coded.flatten(0, 1)[:ring_start].double()
+            x[: len(coded)] = coded
     out = attention(
-        query, key[context:], value[context:], pages, key[ring_start:context], value[ring_start:context],
-        context, ring_start, scale, fmt,
+        query, key[context:], value[context:], pages[first_visible // 128 :],
+        key[ring_start:context], value[ring_start:context], context, ring_start, softmax, fmt,
     )  # fmt: skip
     for row in range(queries):
         for head in range(6):
-            length = context + row + 1
-            logits = torch.stack([query[row, head].double() @ seen[0][i, head // 3] * scale for i in range(length)])
-            weights = (logits - logits.max()).exp()
-            want = (weights[:, None] * seen[1][:length, head // 3]).sum(0) / weights.sum()
+            end = context + row + 1
+            begin = max(0, end - (softmax.sliding_window or end))
+            logits = torch.stack([query[row, head].double() @ seen[0][i, head // 3] for i in range(begin, end)]) * 0.2
+            if softmax.soft_cap:
+                logits = softmax.soft_cap * (logits / softmax.soft_cap).tanh()
+            weights = logits.exp()
+            sink = 0.0 if softmax.sinks is None else softmax.sinks[head].double().exp()
+            want = (weights[:, None] * seen[1][begin:end, head // 3]).sum(0) / (weights.sum() + sink)
             assert torch.allclose(out[row, head].double(), want, atol=2e-5)

@@ -52,7 +52,7 @@ for tokens, requests, longest in eval(sys.argv[4]):
     table = torch.zeros(requests, 64, dtype=torch.int32)
     lens = torch.zeros(requests + 1, dtype=torch.int32)
     step = Step(lens, lens[1:], table, table, lens[1:], longest)
-    cache = Cache(pages, pages, 6, fmt, 0.1)
+    cache = Cache(pages, pages, 6, fmt, Softmax(0.1))
     ops.attention(step, cache, query, key, key, query)
     if len(sys.argv) > 6:
         ops.store_pages(step, cache, key, key)

@@ -24,6 +24,7 @@ from vllm_oscar.core import reference  # noqa: E402
 from vllm_oscar.core.config import PAGE_TOKENS, PRESETS, SUPPORTED_HEAD_DIMS, NormScope, OscarConfig, ParamType  # noqa: E402
 from vllm_oscar.core.format import PageFormat  # noqa: E402
 from vllm_oscar.core.ring import RingType  # noqa: E402
+from vllm_oscar.core.softmax import Softmax  # noqa: E402
 from vllm_oscar.ops import reference as expected_ops  # noqa: E402
 from vllm_oscar.ops import triton as ops  # noqa: E402
 from vllm_oscar.ops.step import Cache, Limits, Step  # noqa: E402
@@ -302,7 +303,7 @@ def run_on_meta(requests, tokens, max_query_len):
     tables = empty(requests, 64), empty(requests, 7)
     step = Step(empty(requests + 1), empty(requests), *tables, empty(requests), max_query_len)
     pages = empty(9, 2, fmt.page_bytes, dtype=torch.uint8)
-    cache = Cache(pages, pages, 6, fmt, 0.1)
+    cache = Cache(pages, pages, 6, fmt, Softmax(0.1))
     query, key = empty(tokens, 8, 64, dtype=torch.float16), empty(tokens, 2, 64, dtype=torch.float16)
     ops.store_pages(step, cache, key, key)
     ops.attention(step, cache, query, key, key, torch.empty_like(query))

@@ -8,6 +8,7 @@ import torch
 from vllm_oscar.core import reference
 from vllm_oscar.core.config import PAGE_TOKENS
 from vllm_oscar.core.ring import ring_slots, write_tokens
+from vllm_oscar.core.softmax import Softmax
 from vllm_oscar.ops.step import Cache, Step
 
 DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
@@ -87,7 +88,7 @@ class Batch:
 
     def cache(self, pages=None, ring=None):
         pages, ring = self.pages if pages is None else pages, self.ring if ring is None else ring
-        return Cache(pages, ring, self.ring_pages, self.fmt, self.fmt.head_dim**-0.5)
+        return Cache(pages, ring, self.ring_pages, self.fmt, Softmax(self.fmt.head_dim**-0.5))
 
     def attention(self, module):
         out = torch.full_like(self.query, 7.0)

@@ -201,7 +201,7 @@ class Attention {
     DecodeState d = take_decode(thread_scratch, s, item.rows);
     for (int p = item.page0; p < min_of(item.page1, item.page0 + kGroupPages); p++)
       for (int64_t i = 0; i < cache.format.page_bytes; i += 64) __builtin_prefetch(page(item, p) + i, 0, 2);
-    load_queries(item, q, cache.scale * kLog2e, plain);
+    load_queries(item, q, cache.softmax.scale * kLog2e, plain);
     rotate(plain, how.hadamard, s.dim, item.rows, rotated);
     begin_decode(d, s, rotated);
     decode(item, q, d);
@@ -233,7 +233,7 @@ class Attention {
   // The same for few rows, which read the tokens where they are.
   void attend_few(const Item& item, const Request& q, const DenseState& d) const {
     float* query = thread_scratch.take<float>(item.rows * s.dim);
-    load_queries(item, q, cache.scale * kLog2e, query);
+    load_queries(item, q, cache.softmax.scale * kLog2e, query);
     attend_exact(item, q, [&](const TokenTile& tile, auto visible) {
       if (tile.dtype == kInt8) attend_int8(d, s, query, tile, visible);
       else attend_in_place(d, s, query, tile, visible);
@@ -270,7 +270,7 @@ class Attention {
   template <class Tiles>
   void attend_staged(const Item& item, const Request& q, const DenseState& d, Tiles tiles) const {
     float* query = thread_scratch.take<float>(item.rows * s.dim);
-    load_queries(item, q, Tiles::kScaledQueries ? cache.scale * kLog2e : 1.0f, query);
+    load_queries(item, q, Tiles::kScaledQueries ? cache.softmax.scale * kLog2e : 1.0f, query);
     if (q.pages) {
       float* rotated = thread_scratch.take<float>(item.rows * s.dim);
       rotate(query, how.hadamard, s.dim, item.rows, rotated);
@@ -290,7 +290,7 @@ class Attention {
     begin_dense(d, s);
     if (!q.pages && item.rows <= kMaxRows) attend_few(item, q, d);
     else if (const MultiplyBf16 multiply = multiply_of(q.pages))
-      attend_staged(item, q, d, Bf16Tiles(thread_scratch, s, d, cache.scale * kLog2e, multiply));
+      attend_staged(item, q, d, Bf16Tiles(thread_scratch, s, d, cache.softmax.scale * kLog2e, multiply));
     else attend_staged(item, q, d, Fp32Tiles(thread_scratch, s, d));
     for (int row = 0; row < item.rows; row++) finish(item, row, d.output + row * s.dim, d.total[row]);
   }

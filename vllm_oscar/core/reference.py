@@ -40,6 +40,7 @@ from vllm_oscar.core.config import PAGE_TOKENS, NormScope, ParamType
 from vllm_oscar.core.format import PageFormat
 from vllm_oscar.core.hadamard import rotate, unrotate
 from vllm_oscar.core.lossless import LosslessFormat
+from vllm_oscar.core.softmax import Softmax
 
 _FP16_MAX = 65504.0
 _E4M3_MAX = 448.0
@@ -278,7 +279,7 @@ def attention(
     ring_value: torch.Tensor,
     context: int,
     ring_start: int,
-    scale: float,
+    softmax: Softmax,
     fmt: PageFormat,
 ) -> torch.Tensor:
     """Causal attention of one request over pages, tail and in-flight tokens.
@@ -286,40 +287,52 @@ def attention(
     Args:
         query: ``[Q, Hq, D]``; ``key``, ``value``: ``[Q, H, D]``, the tokens at
             positions ``context .. context + Q - 1``, not yet stored.
-        pages: uint8 ``[P, H, page_bytes]``, the pages of positions ``0 .. 128*P - 1``.
+        pages: uint8 ``[P, H, page_bytes]``, the pages from that on in which the first query
+            sees a token: page ``softmax.first_visible(context) // 128``.
         ring_key, ring_value: ``[context - ring_start, H, D]``, the tokens at positions
             ``ring_start .. context - 1`` as the ring has them; they replace the pages there.
         context: tokens before the first query.
-        ring_start: first position read from the ring; ``ring_start <= 128 * P``.
-        scale: softmax scale.
+        ring_start: first position read from the ring, a visible one or ``context``.
+        softmax: from logits to weights.
 
     Returns:
         ``[Q, Hq, D]`` in the dtype of ``query``. Computed in float32 (float64 inputs:
         float64 softmax and products).
     """
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
-    count = -(-ring_start // PAGE_TOKENS)
-    if count:
-        first = torch.arange(count, device=pages.device) == 0
-        old_key, old_value = decode_pages(pages[:count], fmt, first, key.dtype)
-        old_key = old_key.flatten(0, 1)[:ring_start]
-        old_value = old_value.flatten(0, 1)[:ring_start]
+    first = softmax.first_visible(context)
+    if ring_start > first:
+        numbers = torch.arange(first // PAGE_TOKENS, -(-ring_start // PAGE_TOKENS), device=pages.device)
+        old_key, old_value = decode_pages(pages[: len(numbers)], fmt, numbers == 0, key.dtype)
+        visible = slice(first % PAGE_TOKENS, ring_start - first // PAGE_TOKENS * PAGE_TOKENS)
+        old_key, old_value = old_key.flatten(0, 1)[visible], old_value.flatten(0, 1)[visible]
     else:
         old_key = old_value = key.new_empty(0, *key.shape[1:])
     keys = torch.cat([old_key.to(compute), ring_key.to(compute), key.to(compute)])
     values = torch.cat([old_value.to(compute), ring_value.to(compute), value.to(compute)])
-    return dense_attention(query, keys, values, context, scale)
+    return dense_attention(query, keys, values, softmax)
 
 
-def dense_attention(query, keys, values, context: int, scale: float) -> torch.Tensor:
-    """Causal attention of ``query [Q, Hq, D]`` over ``keys, values [context + Q, H, D]``."""
+def dense_attention(query, keys, values, softmax: Softmax) -> torch.Tensor:
+    """Causal attention of ``query [Q, Hq, D]`` over the last tokens ``keys, values [K, H, D]``, ``K >= Q``."""
     group = query.shape[1] // keys.shape[1]
     keys = keys.repeat_interleave(group, dim=1)
     values = values.repeat_interleave(group, dim=1)
-    logits = torch.einsum("qhd,khd->hqk", query.to(keys.dtype), keys) * scale
-    position = torch.arange(keys.shape[0], device=query.device)
-    visible = position[None, :] <= context + torch.arange(query.shape[0], device=query.device)[:, None]
-    weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)
+    logits = torch.einsum("qhd,khd->hqk", query.to(keys.dtype), keys) * softmax.scale
+    if softmax.soft_cap is not None:
+        logits = softmax.soft_cap * (logits / softmax.soft_cap).tanh()
+    # How far each key lies before each query.
+    queries, count = query.shape[0], keys.shape[0]
+    at = torch.arange(count, device=query.device)
+    distance = at[count - queries :, None] - at[None, :]
+    visible = distance >= 0
+    if softmax.sliding_window is not None:
+        visible &= distance < softmax.sliding_window
+    logits = logits.masked_fill(~visible, float("-inf"))
+    if softmax.sinks is not None:
+        sinks = softmax.sinks.to(logits)[:, None, None].expand(-1, queries, 1)
+        logits = torch.cat([logits, sinks], -1)
+    weights = logits.softmax(-1)[..., :count]
     # A weight of 0 does not silence NaN or inf: they may reach only queries that see them.
     finite = values.isfinite()
     out = torch.einsum("hqk,khd->qhd", weights, torch.where(finite, values, 0.0))

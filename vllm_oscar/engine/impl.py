@@ -14,6 +14,7 @@ from vllm_oscar.core import envs
 from vllm_oscar.core.config import get_preset
 from vllm_oscar.core.format import PageFormat
 from vllm_oscar.core.lossless import LosslessFormat
+from vllm_oscar.core.softmax import Softmax
 from vllm_oscar.engine.metadata import OscarMetadata, OscarTailMetadata
 from vllm_oscar.engine.refusal import OTHER_MODEL, UnsupportedByOscar
 from vllm_oscar.ops import select
@@ -147,7 +148,8 @@ class OscarImpl(AttentionImpl[OscarMetadata]):
         """The layer's cache; made again when vLLM has bound other memory."""
         ring = self.tail.kv_cache
         if self._bound is None or self._bound[0] is not kv_cache or self._bound[1] is not ring:
-            cache = Cache(_blocks("pages", kv_cache), _blocks("ring", ring), self.tail.pages, self.fmt, self.scale)
+            pages, softmax = _blocks("pages", kv_cache), Softmax(self.scale)
+            cache = Cache(pages, _blocks("ring", ring), self.tail.pages, self.fmt, softmax)
             self._bound = kv_cache, ring, cache
         return self._bound[2]
 

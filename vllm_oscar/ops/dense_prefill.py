@@ -276,7 +276,8 @@ def attention(
         _attend_history(flash, step, cache, query[prefill.rows], key, value, out[prefill.rows])
     for run in prefill.fresh:
         flash(
-            query[run.rows], key[run.rows], value[run.rows], out=out[run.rows], softmax_scale=cache.scale, causal=True,
+            query[run.rows], key[run.rows], value[run.rows], out=out[run.rows],
+            softmax_scale=cache.softmax.scale, causal=True,
             cu_seqlens_q=run.starts, cu_seqlens_k=run.starts, max_seqlen_q=run.longest, max_seqlen_k=run.longest,
         )  # fmt: skip
 
@@ -323,7 +324,7 @@ def _attend_pass(
         sources = c_void_p(wave.sources.data_ptr())
         cuda._call("oscar_gather", device, params, sources, len(wave.sources), *into, stream)
         _, found = flash(
-            query, keys, values, out=out, softmax_scale=cache.scale, causal=one.causal,
+            query, keys, values, out=out, softmax_scale=cache.softmax.scale, causal=one.causal,
             cu_seqlens_q=wave.query_starts, max_seqlen_q=step.prefill.longest,
             seqused_k=one.keys, max_seqlen_k=one.table.shape[1] * PAGE_TOKENS, block_table=one.table,
         )  # fmt: skip

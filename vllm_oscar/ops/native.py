@@ -20,6 +20,7 @@ import torch
 from vllm_oscar.core.config import NormScope
 from vllm_oscar.core.format import FORMAT_VERSION, PageFormat
 from vllm_oscar.core.ring import RingType
+from vllm_oscar.core.softmax import Softmax
 from vllm_oscar.ops.step import Cache, Step
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -54,6 +55,12 @@ class StepStruct(ctypes.Structure):
     ]
 
 
+class SoftmaxStruct(ctypes.Structure):
+    """``OscarSoftmax``."""
+
+    _fields_ = [("sinks", c_void_p), *fields(c_float, "scale soft_cap"), ("sliding_window", c_int32)]
+
+
 class CacheStruct(ctypes.Structure):
     """``OscarCache``."""
 
@@ -61,7 +68,7 @@ class CacheStruct(ctypes.Structure):
         *fields(c_void_p, "pages ring"),
         *fields(c_int64, "page_block page_head ring_block ring_head"),
         *fields(c_int32, "kv_heads ring_pages"),
-        ("scale", c_float),
+        ("softmax", SoftmaxStruct),
         ("format", FormatStruct),
     ]
 
@@ -171,11 +178,13 @@ class Binding:
         self, step: Step, cache: Cache, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor
     ) -> AttentionParams:
         """Arguments of ``attention``, valid until the step's next call."""
-        state = self._state(step, cache)
-        params, seen = state.attention, (cache.kv_heads, cache.fmt, *_shapes(query, out, key, value))
+        state, sinks = self._state(step, cache), cache.softmax.sinks
+        shapes = _shapes(query, out, key, value, *(() if sinks is None else (sinks,)))
+        params, seen = state.attention, (cache.kv_heads, cache.fmt, *shapes)
         if seen != state.attention_tokens:
             heads, dim, query_heads = cache.kv_heads, cache.fmt.head_dim, query.shape[1]
             self.require(query_heads % heads == 0, f"{query_heads} query heads do not divide among {heads} KV heads")
+            self.require(sinks is None or len(sinks) == query_heads, f"sinks are not of {query_heads} query heads")
             params.dtype, params.group = self._dtype(key), query_heads // heads
             for name, x in (("query", query), ("out", out), ("key", key), ("value", value)):
                 count = query_heads if name in ("query", "out") else heads
@@ -255,10 +264,22 @@ class Binding:
                 ring_head=cache.ring.stride(1),
                 kv_heads=heads,
                 ring_pages=cache.ring_pages,
-                scale=cache.scale,
+                softmax=self._softmax(cache.softmax, key.device),
                 format=format_struct(cache.fmt, key.dtype.itemsize),
             )
         return struct
+
+    def _softmax(self, softmax: Softmax, device: torch.device) -> SoftmaxStruct:
+        sinks = softmax.sinks
+        if sinks is not None:
+            plain = sinks.dtype == torch.float32 and sinks.device == device and sinks.is_contiguous()
+            self.require(plain and sinks.dim() == 1, f"sinks are not contiguous float32 [query heads] on {device}")
+        return SoftmaxStruct(
+            sinks=None if sinks is None else sinks.data_ptr(),
+            scale=softmax.scale,
+            soft_cap=softmax.soft_cap or 0.0,
+            sliding_window=softmax.sliding_window or 0,
+        )
 
     def _set_tokens(
         self, struct: TokensStruct, name: str, x: torch.Tensor, key: torch.Tensor, heads: int, dim: int

@@ -69,20 +69,23 @@ def attention(
     """Causal attention of the step's tokens; writes ``out [T, Hq, D]``."""
     starts = step.ring_start.tolist()
     for request, begin, end, context in _requests(step):
-        held = torch.arange(starts[request], context, device=key.device)
+        first = cache.softmax.first_visible(context)
+        start = min(max(starts[request], first), context)
+        held = torch.arange(start, context, device=key.device)
         ring_key, ring_value = _read_ring(step, cache, request, held, key.dtype)
-        count = -(-starts[request] // PAGE_TOKENS)
+        # Blocks before the first visible token may be freed, and one that ends behind `start` open.
+        numbers = slice(first // PAGE_TOKENS, -(-start // PAGE_TOKENS) if start > first else 0)
         rows = slice(begin, end)
         out[rows] = reference.attention(
             query[rows],
             key[rows],
             value[rows],
-            cache.pages[step.page_table[request, :count].long()],
+            cache.pages[step.page_table[request, numbers].long()],
             ring_key,
             ring_value,
             context,
-            starts[request],
-            cache.scale,
+            start,
+            cache.softmax,
             cache.fmt,
         )
 

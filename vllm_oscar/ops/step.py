@@ -21,6 +21,7 @@ import torch
 
 from vllm_oscar.core.format import PageFormat
 from vllm_oscar.core.lossless import LosslessFormat
+from vllm_oscar.core.softmax import Softmax
 
 if TYPE_CHECKING:
     from vllm_oscar.ops.dense_prefill import PrefillPlan
@@ -83,7 +84,8 @@ class Cache:
             has its own block numbers and may be another tensor.
         ring_pages: pages of one request's ring.
         fmt: the page layout.
-        scale: of the logits, before the softmax.
+        softmax: from logits to weights. With a sliding window, table entries of pages that no
+            token of the step sees are never read.
         native: what a native backend has checked and converted, by its name.
     """
 
@@ -91,7 +93,7 @@ class Cache:
     ring: torch.Tensor
     ring_pages: int
     fmt: PageFormat | LosslessFormat
-    scale: float
+    softmax: Softmax
     native: dict[object, object] = field(default_factory=dict, init=False, repr=False)
 
     @property

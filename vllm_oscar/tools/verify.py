@@ -10,6 +10,7 @@ import torch
 
 from vllm_oscar.core.config import PAGE_TOKENS, PRESETS
 from vllm_oscar.core.format import PageFormat
+from vllm_oscar.core.softmax import Softmax
 from vllm_oscar.ops import reference, select
 from vllm_oscar.ops.step import Cache, Step
 
@@ -45,7 +46,7 @@ def _case(kernels, name: str, preset: str, head_dim: int, device: str, generator
     for module, target in ((reference, "cpu"), (kernels, device)):
         pages = torch.full((32, *shape), 0xFF, dtype=torch.uint8, device=target)
         ring = torch.full((3 * ring_pages, *shape), 0xFF, dtype=torch.uint8, device=target)
-        sides.append((module, target, Cache(pages, ring, ring_pages, fmt, head_dim**-0.5)))
+        sides.append((module, target, Cache(pages, ring, ring_pages, fmt, Softmax(head_dim**-0.5))))
     errors = []
     for counts in (lengths, torch.ones(3, dtype=torch.long)):
         seq_lens = lengths if counts is lengths else lengths + 1

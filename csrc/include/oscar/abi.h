@@ -39,6 +39,14 @@ typedef struct {
   int32_t max_query_len;                             /* no request has more tokens in this step */
 } OscarStep;
 
+/* From logits to weights: core/softmax.py. */
+typedef struct {
+  const float* sinks;                                /* [query heads]; null: none */
+  float scale;                                       /* of the logits */
+  float soft_cap;                                    /* 0: none */
+  int32_t sliding_window;                            /* 0: none */
+} OscarSoftmax;
+
 /* One layer's cache: the same in all steps. */
 typedef struct {
   uint8_t* pages;                                    /* [blocks, kv_heads, page_bytes] */
@@ -46,7 +54,7 @@ typedef struct {
   int64_t page_block, page_head, ring_block, ring_head;
   int32_t kv_heads;
   int32_t ring_pages;                                /* of a request */
-  float scale;                                       /* of the logits */
+  OscarSoftmax softmax;
   OscarFormat format;
 } OscarCache;
 

@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kC
   PageBuffer<Layout> buffer(shared.page, shared.barriers, lane);
   Producer next(p, &shared.walk, share.count, kTiling, lane);
 
-  const float scale_log2 = p.cache.scale * 1.4426950408889634f;
+  const float scale_log2 = p.cache.softmax.scale * 1.4426950408889634f;
   QueryRows<kTiles> query[NTiles];
   Accumulator<kTiles> acc[NTiles];
   const Cursor& now = shared.now;

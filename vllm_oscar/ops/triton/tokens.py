@@ -93,7 +93,7 @@ def cache_args(cache: Cache) -> CacheArgs:
             *cache.pages.stride()[:2],
             *cache.ring.stride()[:2],
             cache.ring_pages,
-            cache.scale,
+            cache.softmax.scale,
         )
     return args
 
