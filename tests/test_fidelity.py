@@ -136,6 +136,35 @@ def test_layer_errors_of_the_exact_method_are_zero(lab, tokens):
     assert all(r["error"] > 1e-3 and r["kl"] > 1e-5 for r in found["oscar_paper"])
 
 
+def test_the_parts_of_a_loss_are_told_apart(lab, tokens):
+    """Each head, layer and part alone; one layer's head has nothing but its own cost."""
+    oscar = methods.registry()["oscar"]
+    found = [record for layer in measures.heads(lab, methods.parts(oscar), tokens) for record in layer]
+    assert [(r["layer"], r["head"], r["part"]) for r in found] == [(i, 0, p) for i in (0, 1) for p in methods.PARTS]
+    assert all(r["kl"] > 0 for r in found)
+    free = measures.heads(lab, {"all": IDENTITY}, tokens)
+    assert all(abs(r["kl"]) < 1e-6 for layer in free for r in layer)
+    # One layer alone is neither all of them nor none.
+    whole, one = lab.hidden(tokens, oscar), lab.hidden(tokens, oscar, only=(1, 0))
+    assert not torch.equal(whole, one) and not torch.equal(one, lab.hidden(tokens, None))
+
+
+def test_a_part_leaves_the_others_exact():
+    block = torch.randn(2, 2, 128, 1, 64, generator=torch.Generator().manual_seed(2))
+    first = torch.tensor([True, False])
+    parts = methods.parts(methods.registry()["oscar"])
+    changed = {
+        name: [(coded - exact).abs().amax((2, 3)) > 1e-6 for coded, exact in zip(part.quantize(*block, first), block)]
+        for name, part in parts.items()
+    }
+    sink = torch.zeros(2, 128, dtype=torch.bool)
+    sink[0, 0] = True
+    for name, (key, value) in changed.items():
+        assert torch.equal(key, {"keys": ~sink, "first token": sink}.get(name, sink & ~sink)), name
+        assert torch.equal(value, {"values": ~sink, "first token": sink}.get(name, sink & ~sink)), name
+    assert parts["window"].recent is not None and all(parts[n].recent is None for n in parts if n != "window")
+
+
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
 def test_bytes_are_those_of_the_page_format(dim):
     known = methods.registry()

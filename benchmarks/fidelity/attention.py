@@ -29,6 +29,7 @@ class _State:
     """What the patched attention does now; one per process, set by the context managers."""
 
     method: Method | None = None
+    only: tuple[int, int] | None = None  # (layer, KV head) that alone has the method; None: all
     probe: Callable | None = None  # called as probe(layer, query, key, value, scaling)
     blocks: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # per layer, dequantized
 
@@ -37,10 +38,10 @@ _state = _State()
 
 
 @contextmanager
-def quantized(method: Method | None):
-    """Inside, models attend over caches of ``method``; None is exact."""
+def quantized(method: Method | None, only: tuple[int, int] | None = None):
+    """Inside, models attend over caches of ``method``, ``only`` those of one layer and KV head; None is exact."""
     global _state
-    before, _state = _state, _State(method=method)
+    before, _state = _state, _State(method=method, only=only)
     try:
         yield
     finally:
@@ -167,7 +168,9 @@ def _forward(module, query, key, value, attention_mask, scaling=None, dropout=0.
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if _state.probe is not None:
         _state.probe(module.layer_idx, query, key, value, scaling)
-    method, old = _state.method, (None, None)
+    method, old, only = _state.method, (None, None), _state.only
+    if only is not None and only[0] != module.layer_idx:
+        method = None
     if method is not None:
         # Blocks never change once full, so a sequence that grows quantizes each only once.
         old = _state.blocks.get(module.layer_idx)
@@ -177,6 +180,12 @@ def _forward(module, query, key, value, attention_mask, scaling=None, dropout=0.
         old = tuple(torch.cat(pair, 2) if pair[1].shape[2] else pair[0] for pair in zip(old, new, strict=True))
         _state.blocks[module.layer_idx] = old
     out = attention(query, key, value, old, method, scaling)
+    if method is not None and only is not None:
+        group = query.shape[1] // key.shape[1]
+        heads = slice(only[1] * group, (only[1] + 1) * group)
+        exact = attention(query, key, value, (None, None), None, scaling)
+        exact[:, heads] = out[:, heads]
+        out = exact
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -22,7 +22,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 transformers.utils.logging.disable_progress_bar()
 console = Console(stderr=True)
 
-MEASURES = ("text", "norms", "layers", "recall", "greedy")
+MEASURES = ("text", "norms", "layers", "recall", "greedy", "heads")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,9 @@ def run(
     model: Models,
     out: Out = Path("fidelity"),
     method: Methods = "all",
-    measure: Annotated[str, typer.Option(help="Which measures, comma-separated.")] = ",".join(MEASURES),
+    measure: Annotated[str, typer.Option(help=f"Which measures, comma-separated: {', '.join(MEASURES)}.")] = ",".join(
+        MEASURES[:-1]
+    ),
     quick: Annotated[bool, typer.Option("--quick", help="Two short documents and one seed: a first look.")] = False,
     documents: Annotated[int | None, typer.Option(help="Documents of text and of layer errors.")] = None,
     length: Annotated[int | None, typer.Option(help="Their tokens.")] = None,
@@ -214,7 +216,27 @@ def _norm_jobs(lab, chosen, main, plan, records):
         yield "key norms", lambda: records.add(record, measures.norms(lab, lab.tasks.documents(1, plan.length)[0]))
 
 
-_JOBS = {"text": _text_jobs, "layers": _layer_jobs, "recall": _recall_jobs, "greedy": _greedy_jobs, "norms": _norm_jobs}
+def _head_jobs(lab, chosen, main, plan, records):
+    settings = plan.settings(documents=min(plan.documents, 4), length=plan.length) | {"from": measures.TAIL}
+    for m in main:
+        record = Records.new(lab.name, m, lab.head_dim, "heads", settings)
+        if not m.family.startswith("OScaR") or record in records:
+            continue
+        documents, found = lab.tasks.documents(settings["documents"], plan.length), []
+        layers = measures.heads(lab, methods.parts(m), documents)
+        for layer in range(lab.model.config.num_hidden_layers):
+            yield f"heads of layer {layer}, {m.name}", lambda f=found, i=layers: f.extend(next(i))
+        yield f"heads, {m.name}", lambda record=record, found=found: records.add(record, found)
+
+
+_JOBS = {
+    "text": _text_jobs,
+    "norms": _norm_jobs,
+    "layers": _layer_jobs,
+    "recall": _recall_jobs,
+    "greedy": _greedy_jobs,
+    "heads": _head_jobs,
+}
 
 
 @app.command()

@@ -55,9 +55,11 @@ class Lab:
         return self.model.config.max_position_embeddings
 
     @torch.no_grad()
-    def hidden(self, tokens: torch.Tensor, method: Method | None) -> torch.Tensor:
-        """Last hidden states of ``[B, T]`` tokens, every layer's cache in ``method``."""
-        with attention.quantized(method):
+    def hidden(
+        self, tokens: torch.Tensor, method: Method | None, only: tuple[int, int] | None = None
+    ) -> torch.Tensor:
+        """Last hidden states of ``[B, T]`` tokens, caches in ``method``, or ``only`` that of a layer and head."""
+        with attention.quantized(method, only):
             return self.model.model(input_ids=tokens.to(self.device), use_cache=False).last_hidden_state
 
     def log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -150,6 +152,28 @@ def layers(lab: Lab, methods: list[Method], tokens: torch.Tensor, stride: int = 
     with attention.probed(probe):
         lab.model.model(input_ids=tokens[None].to(lab.device), use_cache=False)
     return records
+
+
+@torch.no_grad()
+def heads(lab: Lab, parts: dict[str, Method], documents: torch.Tensor):
+    """What each part of a format costs in each layer and KV head, everything else being exact.
+
+    Yields one list of records a layer: ``layer``, ``head``, ``part`` and ``kl``, the next-token
+    divergence, mean over documents.
+    """
+    exact = [row for part in documents.split(lab.batch) for row in lab.hidden(part, None)]
+    config = lab.model.config
+    for layer in range(config.num_hidden_layers):
+        found = []
+        for head in range(config.num_key_value_heads):
+            for name, method in parts.items():
+                hidden = (row for part in documents.split(lab.batch) for row in lab.hidden(part, method, (layer, head)))
+                kls = [
+                    compare(lab.log_probs, tokens.to(lab.device), reference, row)["kl"]
+                    for tokens, reference, row in zip(documents, exact, hidden, strict=True)
+                ]
+                found.append({"layer": layer, "head": head, "part": name, "kl": sum(kls) / len(kls)})
+        yield found
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_oscar.core.config import PRESETS, NormScope, OscarConfig, ParamType
+from vllm_oscar.core.config import PAGE_TOKENS, PRESETS, NormScope, OscarConfig, ParamType
 from vllm_oscar.core.format import PageFormat
 from vllm_oscar.core.hadamard import rotate, unrotate
 from vllm_oscar.core.reference import decode_pages, encode_pages
@@ -99,6 +99,41 @@ def _int8_ring(x: torch.Tensor) -> torch.Tensor:
 
 def _rotated_int8_ring(x: torch.Tensor) -> torch.Tensor:
     return unrotate(_int8_ring(rotate(x)))
+
+
+PARTS = ("keys", "values", "window", "first token")
+
+
+def parts(method: Method) -> dict[str, Method]:
+    """``method`` with all but one of :data:`PARTS` exact.
+
+    ``keys`` and ``values`` are those in pages, the first token aside; ``window`` is what the ring gives back.
+    """
+
+    def first_token(key, first):
+        return first[:, None, None, None] & (torch.arange(PAGE_TOKENS, device=key.device) == 0)[:, None, None]
+
+    def quantize(part: str):
+        def one(key, value, first) -> Blocks:
+            if part == "window":
+                return key, value
+            coded, at = method.quantize(key, value, first), first_token(key, first)
+            key_at = at if part == "first token" else ~at & (part == "keys")
+            value_at = at if part == "first token" else ~at & (part == "values")
+            return torch.where(key_at, coded[0], key.float()), torch.where(value_at, coded[1], value.float())
+
+        return one
+
+    return {
+        part: replace(
+            method,
+            name=f"{method.name}: {part}",
+            quantize=quantize(part),
+            recent=method.recent if part == "window" else None,
+            definition=f"{method.definition} {part} alone",
+        )
+        for part in PARTS
+    }
 
 
 # ---- foreign formats ----------------------------------------------------------------

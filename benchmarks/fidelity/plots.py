@@ -10,8 +10,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.colors import LogNorm  # noqa: E402
 
-from .methods import MAIN  # noqa: E402
+from .methods import MAIN, PARTS  # noqa: E402
 from .records import Records, by_settings  # noqa: E402
 
 _COLOURS = {
@@ -26,6 +27,7 @@ def write(records: Records, folder: Path) -> list[Path]:
     models = list(dict.fromkeys(r["model"] for r in records.all))
     figures = {draw.__name__.strip("_"): draw(records, models) for draw in (_pareto, _layers, _recall)}
     figures |= {f"norms-{model}": _norms(records, model) for model in models}
+    figures |= {f"heads-{model}": _heads(records, model) for model in models}
     paths = []
     for name, figure in figures.items():
         if figure is not None:
@@ -113,6 +115,36 @@ def _recall(records: Records, models: list[str]):
                 axis.set_title(name, fontsize=7)
         axes[i][0].set_ylabel(f"{model}\n{task}", fontsize=7)
     figure.colorbar(image, ax=axes, shrink=0.4, label="exact answers, %")
+    return figure
+
+
+def _heads(records: Records, model: str):
+    """What each part of a format costs in each layer and KV head."""
+    found = records.current("heads", model=model)
+    if not found:
+        return None
+    figure, axes = plt.subplots(
+        len(found), len(PARTS) + 1, figsize=(3.2 * (len(PARTS) + 1), 4.5 * len(found)), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for row, record in zip(axes, found, strict=True):
+        values = record["values"]
+        layers, heads = (1 + max(v[axis] for v in values) for axis in ("layer", "head"))
+        cost = {(v["part"], v["layer"], v["head"]): v["kl"] for v in values}
+        top = max(cost.values())
+        for axis, part in zip(row, PARTS):
+            grid = [[cost[part, layer, head] for head in range(heads)] for layer in range(layers)]
+            image = axis.imshow(grid, norm=LogNorm(top / 1e4, top, clip=True), cmap="viridis", aspect="auto")
+            axis.set(title=f"{record['method']}: {part}", xlabel="KV head", ylabel="layer", xticks=range(heads))
+        figure.colorbar(image, ax=row[len(PARTS) - 1], label="KL, nats")
+        left = [0.0] * layers
+        for part in PARTS:
+            width = [sum(cost[part, layer, head] for head in range(heads)) for layer in range(layers)]
+            row[-1].barh(range(layers), width, left=left, label=part)
+            left = [a + b for a, b in zip(left, width)]
+        row[-1].set(title="sum over heads", xlabel="KL, nats", ylim=(layers - 0.5, -0.5))
+        row[-1].legend(fontsize=7)
+    figure.suptitle(f"{model}: divergence when one part in one layer and KV head is quantized")
     return figure
 
 
