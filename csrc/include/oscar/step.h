@@ -28,13 +28,32 @@ struct StepTokens {
   }
 };
 
-// First position that attention reads from the ring; those before it come from pages.
+// First position that the token at `position` sees.
+OSCAR_HOST_DEVICE int first_visible(const OscarSoftmax& softmax, int position) {
+  const int first = softmax.sliding_window > 0 ? position + 1 - softmax.sliding_window : 0;
+  return first > 0 ? first : 0;
+}
+
+// First position that attention reads from the ring; visible ones before it come from pages.
 OSCAR_HOST_DEVICE int ring_start(const OscarStep& step, int request, int context) {
   const int start = step.ring_start[request] > 0 ? step.ring_start[request] : 0;
   return start < context ? start : context;
 }
 
+// The same of a layer, whose ring may hold tokens that no token of the step sees.
+OSCAR_HOST_DEVICE int ring_start(const OscarStep& step, const OscarSoftmax& softmax, int request, int context) {
+  const int start = ring_start(step, request, context), first = first_visible(softmax, context);
+  return start > first ? start : first;
+}
+
 OSCAR_HOST_DEVICE int pages_before(int position) { return (position + kPageTokens - 1) / kPageTokens; }
+
+// The first page that attention reads: blocks of those before it may be free, and their table entries stale.
+// Its tokens before first_visible(softmax, context) are not read. It reads pages up to pages_before(ring_start),
+// and none if ring_start is the first visible position.
+OSCAR_HOST_DEVICE int first_page(const OscarSoftmax& softmax, int context) {
+  return first_visible(softmax, context) / kPageTokens;
+}
 
 OSCAR_HOST_DEVICE const int32_t* table_row(const int32_t* table, int64_t row_bytes, int request) {
   return reinterpret_cast<const int32_t*>(reinterpret_cast<const uint8_t*>(table) + request * row_bytes);
