@@ -53,11 +53,15 @@ class PoisonedCase(Case):
     """One step over a poisoned cache: history stored by the reference, new tokens random.
 
     ``requests``: (context, query_len, ring_start) each; ring_start None picks what the
-    metadata builder would for a long-running request.
+    metadata builder would for a long-running request. ``softmax``: without it, plain attention.
+    Values at the edges of sliding windows are large, so that one token too many or too few is noticed.
     """
 
-    def __init__(self, requests, fmt: PageFormat, heads: int, group: int, dtype, *, lookahead: int = 0):
+    def __init__(
+        self, requests, fmt: PageFormat, heads: int, group: int, dtype, softmax: Softmax | None = None, lookahead=0
+    ):
         self.requests, self.dtype, dim = requests, dtype, fmt.head_dim
+        softmax = softmax or Softmax(dim**-0.5)
         ring_pages = fmt.ring_pages(dtype.itemsize, lookahead)
         capacity = ring_pages * fmt.ring_tokens_per_page(dtype.itemsize)
         lens = [context + new for context, new, _ in requests]
@@ -77,7 +81,7 @@ class PoisonedCase(Case):
         query, key, value = qkv[:-1].split([heads * group, heads, heads], dim=1)
         spread = torch.linspace(0.2, 3.0, dim)
         key.mul_(spread.to(dtype))
-        starts = []
+        starts, begin = [], 0
         tokens_per_page = fmt.ring_tokens_per_page(dtype.itemsize)
         for row, (context, new, start) in enumerate(requests):
             need = -(-(context + new) // PAGE_TOKENS)
@@ -85,6 +89,13 @@ class PoisonedCase(Case):
             ring_table[row, :ring_pages] = torch.tensor([ring_free.pop() for _ in range(ring_pages)])
             old_key = (torch.randn(context, heads, dim) * spread).to(dtype)
             old_value = (torch.randn(context, heads, dim) + 0.3).to(dtype)
+            if softmax.sliding_window is not None:
+                # The last tokens that the queries do not see, and one that the last of them sees.
+                edges = torch.arange(context, context + new + 1) - softmax.sliding_window
+                edges = edges[edges >= 0]
+                old_value[edges[edges < context]] *= 20
+                value[begin + edges[edges >= context] - context] *= 20
+            begin += new
             full = context // PAGE_TOKENS
             if full:
                 index = torch.arange(full)
@@ -109,27 +120,33 @@ class PoisonedCase(Case):
             ring_start=torch.tensor(starts, dtype=torch.int32),
             max_query_len=max(new for _, new, _ in requests),
         )
-        super().__init__(step, Cache(pages, ring, ring_pages, fmt, Softmax(dim**-0.5)), query, key, value)
+        super().__init__(step, Cache(pages, ring, ring_pages, fmt, softmax), query, key, value)
 
     def poison(self, byte: int) -> None:
         """Overwrite whatever this step must not read."""
         fmt, step, pages = self.fmt, self.step, self.cache.pages
         ring, tokens_per_page = self.cache.ring, fmt.ring_tokens_per_page(self.dtype.itemsize)
+        softmax = self.cache.softmax
         free_pages = torch.ones(len(pages), dtype=torch.bool)
         kept = torch.full_like(ring, byte)
         for row, ((context, new, _), start) in enumerate(zip(self.requests, step.ring_start.tolist())):
             if not new:
                 continue
-            count = -(-start // PAGE_TOKENS)
-            blocks = step.page_table[row, :count].long()
+            first = softmax.first_visible(context)
+            used = torch.arange(first // PAGE_TOKENS, -(-start // PAGE_TOKENS)) if start > first else torch.arange(0)
+            unused = torch.ones(step.page_table.shape[1], dtype=torch.bool)
+            unused[used] = False
+            step.page_table[row, unused] = -(2**30) if byte else 2**30
+            blocks = step.page_table[row, used].long()
             free_pages[blocks] = False
-            held = torch.arange(start, context)
+            held = torch.arange(max(start, first), context)
             table = step.ring_table[row].expand(len(held), -1)
             at = ring_slots(table, held, tokens_per_page, self.cache.ring_pages)
             write_tokens(kept, fmt, *at, *read_tokens(ring, fmt, *at, self.dtype))
-            masked = torch.arange(PAGE_TOKENS) >= start - (count - 1) * PAGE_TOKENS
-            if count and masked.any():  # parameters of the tokens that the ring replaces
-                page = pages[blocks[-1]]
+            for index, block in zip(used.tolist(), blocks.tolist()):
+                # Parameters of the tokens that the ring replaces, and of those that no token of the step sees.
+                position, page = torch.arange(PAGE_TOKENS) + index * PAGE_TOKENS, pages[block]
+                masked = (position >= start) | (position < first)
                 names = ["v_scale", "v_zero"] + ["norms"] * (fmt.config.norm is not NormScope.NONE)
                 for name in names:
                     groups = 1 if name == "norms" else fmt.value_groups
@@ -187,8 +204,8 @@ BATCHES = {
 }
 
 
-def check_attention(preset: str, dim: int, dtype, heads: int, group: int, requests, on_isa) -> None:
-    case = PoisonedCase(requests, PageFormat.preset(preset, dim), heads, group, dtype)
+def check_attention(preset, dim: int, dtype, heads: int, group: int, requests, on_isa, softmax=None) -> None:
+    case = PoisonedCase(requests, PageFormat.preset(preset, dim), heads, group, dtype, softmax)
     case.poison(0xFF)
     expected = case.attention(reference_ops)
     for isa in ISAS:
@@ -221,7 +238,81 @@ def test_attention_on_batches(preset, batch, on_isa):
     check_attention(preset, 64, torch.float32, 1, 6, requests, on_isa)
 
 
-def test_bits_do_not_depend_on_the_number_of_threads(on_isa):
+# What a model may do between logits and weights. Sinks: from one that weighs nothing to one that weighs nearly all.
+SOFTMAX = {
+    "plain": {},
+    "sinks": {"sinks": True},
+    "soft-cap": {"soft_cap": 3.0},
+    "a high soft-cap": {"soft_cap": 50.0},
+    "sinks and soft-cap": {"sinks": True, "soft_cap": 3.0},
+}
+
+
+def softmax_of(name: str, dim: int, query_heads: int, sliding_window: int | None) -> Softmax:
+    options = dict(SOFTMAX[name])
+    if options.pop("sinks", False):
+        options["sinks"] = torch.linspace(-2.0, 12.0, query_heads)[torch.randperm(query_heads)]
+    return Softmax(dim**-0.5, sliding_window=sliding_window, **options)
+
+
+def windowed_requests(sliding_window: int) -> list[tuple[int, int, int | None]]:
+    """Windows that begin before the context, at edges and in the middle of pages, in the ring, and in the step.
+
+    Query lengths 1 to 16, and chunks longer and shorter than the window; every third request reads from the
+    ring only what no page holds, as after a prefix hit.
+    """
+    w = sliding_window
+    contexts = [0, w - 1, w, w + 1, w + 63, w + 64, w + 127, w + 128, w + 129, w + 300, w + 511, 200, 383, 640, 1000, 1]
+    requests = [(n, i + 1, n // PAGE_TOKENS * PAGE_TOKENS if i % 3 == 0 else None) for i, n in enumerate(contexts)]
+    return [*requests, (w + 77, 300, None), (0, 300, 0), (256, 129, 256)]
+
+
+@pytest.mark.parametrize("preset", ["oscar", "oscar_paper"])
+@pytest.mark.parametrize("sliding_window", [1, 127, 128, 129, 200, 1024])
+def test_sliding_windows_match_the_reference(preset, sliding_window, on_isa):
+    softmax = softmax_of("sinks", 64, 4, sliding_window)
+    requests = windowed_requests(sliding_window)
+    check_attention(preset, 64, torch.bfloat16, 1, 4, requests, on_isa, softmax)
+
+
+@pytest.mark.parametrize("name", SOFTMAX)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("sliding_window", [None, 300])
+def test_sinks_and_soft_caps_match_the_reference(name, dim, sliding_window, on_isa):
+    dtype, heads, group = SHAPES[dim]
+    softmax = softmax_of(name, dim, heads * group, sliding_window)
+    check_attention("oscar", dim, dtype, heads, group, MIXED, on_isa, softmax)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["oscar", "oscar_paper"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads,group", [(1, 1), (2, 3), (1, 5), (1, 8), (1, 16)])
+@pytest.mark.parametrize("sliding_window", [1, 127, 128, 129, 200, 1024, 4096])
+def test_sliding_windows_on_the_full_matrix(preset, dim, dtype, heads, group, sliding_window, on_isa):
+    softmax = softmax_of("sinks and soft-cap" if group % 2 else "sinks", dim, heads * group, sliding_window)
+    requests = windowed_requests(sliding_window)
+    check_attention(preset, dim, DTYPES[dtype], heads, group, requests, on_isa, softmax)
+
+
+@pytest.mark.parametrize("sliding_window", [1, 127, 128, 129, 200, 1024, 4096])
+@pytest.mark.parametrize("error", [-1, 1])
+def test_a_window_off_by_one_is_noticed(sliding_window, error):
+    """The bound of these tests, on the batch of these tests, is tight enough for one token of thousands."""
+    if sliding_window + error < 1:
+        return
+    requests = windowed_requests(sliding_window)
+    case = PoisonedCase(requests, PageFormat.preset("oscar", 64), 1, 4, torch.bfloat16, Softmax(0.125, sliding_window))
+    expected = case.attention(reference_ops)
+    cache = replace(case.cache, softmax=Softmax(0.125, sliding_window + error))
+    wrong = Case(case.step, cache, case.query, case.key, case.value)
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_close(wrong.attention(cpu), expected, torch.bfloat16)
+
+
+@pytest.mark.parametrize("sliding_window", [None, 2300])
+def test_bits_do_not_depend_on_the_number_of_threads(sliding_window, on_isa):
     # Several splits of the pages, several row tiles, several heads.
     case = PoisonedCase(
         [(4500, 1, None), (2600, 5, None), (700, 150, None), (100, 60, None)],
@@ -229,6 +320,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(on_isa):
         2,
         4,
         torch.float32,
+        softmax_of("sinks", 64, 8, sliding_window),
     )
     before, outputs, pages = torch.get_num_threads(), [], []
     try:
@@ -243,8 +335,12 @@ def test_bits_do_not_depend_on_the_number_of_threads(on_isa):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_unused_memory_does_not_reach_outputs(preset, on_isa):
-    case = PoisonedCase(MIXED, PageFormat.preset(preset, 80), 2, 3, torch.bfloat16)
+@pytest.mark.parametrize("sliding_window", [None, 1, 200])
+def test_unused_memory_does_not_reach_outputs(preset, sliding_window, on_isa):
+    requests = MIXED if sliding_window is None else windowed_requests(sliding_window)
+    case = PoisonedCase(
+        requests, PageFormat.preset(preset, 80), 2, 3, torch.bfloat16, Softmax(80**-0.5, sliding_window)
+    )
     case.poison(0x00)
     clean = {}
     for isa in ISAS:

@@ -24,18 +24,21 @@ struct Item {
   int64_t set;           // counts the rows' finished parts
 };
 
-// Positions before ring_start are read from that many pages, the last possibly in part.
+// What a request's tokens from the step's token `token` on read: positions first .. exact - 1 from pages
+// page0 .. page1 - 1, the outermost possibly in part, and those from `exact` on from ring and step.
 struct Request : oscar::StepTokens {
-  int ring_start, pages;
-  Request(const OscarStep& step, int request)
-      : StepTokens(step, request), ring_start(oscar::ring_start(step, request, context)),
-        pages(oscar::pages_before(ring_start)) {}
+  int first, exact, page0, page1;
+  Request(const OscarStep& step, const OscarSoftmax& softmax, int request, int token)
+      : StepTokens(step, request), first(oscar::first_visible(softmax, context + token)),
+        exact(max_of(first, oscar::ring_start(step, softmax, request, context))), page0(first / kPage),
+        page1(exact > first ? oscar::pages_before(exact) : page0) {}
+  int pages() const { return page1 - page0; }
 };
 
 class Attention {
  public:
   Attention(const OscarAttentionParams& params, const OscarCpuRun& run)
-      : a(params), how(run), step(a.step), cache(a.cache), s(cache.format), group(a.group) {}
+      : a(params), how(run), step(a.step), cache(a.cache), softmax(cache.softmax), s(cache.format), group(a.group) {}
 
   int32_t run() {
     if (!plan()) return 1;
@@ -63,6 +66,7 @@ class Attention {
   const OscarCpuRun& how;
   const OscarStep& step;
   const OscarCache& cache;
+  const OscarSoftmax& softmax;
   const Shape s;
   const int group;  // query heads per KV head
   Item* items_ = nullptr;
@@ -81,32 +85,35 @@ class Attention {
            (multiply_of(false) ? Bf16Tiles::bytes(s, rows) : Fp32Tiles::bytes(s)) + pad(64 * 4 * s.words);
   }
 
+  float soft_cap() const { return softmax.soft_cap * kLog2e; }
+
   MultiplyBf16 multiply_of(bool pages) const { return multiply_bf16_of(how.isa, a.dtype, cache.format, pages); }
 
   template <class Emit>
   void enumerate(Emit emit) const {
     int64_t partial = 0, set = 0;
     for (int r = 0; r < step.requests; r++) {
-      const Request q(step, r);
+      const Request q(step, softmax, r, 0);
       const int rows = q.query_len * group;
       if (rows <= 0) continue;
-      const bool integers = rows <= kDecodeRows && q.pages > 0;
+      const bool integers = rows <= kDecodeRows && q.pages() > 0;
       const int limit = integers ? kMaxRows : max_of(1, kDenseRows / group) * group;
       const int tiles = (rows + limit - 1) / limit;
       const int tile = integers ? (rows + tiles - 1) / tiles : limit;
-      const int splits = (q.pages + kSplitPages - 1) / kSplitPages;
       for (int head = 0; head < cache.kv_heads; head++)
         for (int row0 = 0; row0 < rows; row0 += tile) {
           Item item = {r, head, row0, min_of(tile, rows - row0), 0, 0, 0, 0, partial, set};
-          if (!integers) {
+          const Request seen = row0 ? request(item) : q;  // later tokens may see fewer pages
+          if (!integers || !seen.pages()) {
             emit(item);
             continue;
           }
+          const int splits = (seen.pages() + kSplitPages - 1) / kSplitPages;
           item.parts = splits + 1;
           for (int split = 0; split < splits; split++) {
             item.part = split;
-            item.page0 = split * kSplitPages;
-            item.page1 = min_of(q.pages, item.page0 + kSplitPages);
+            item.page0 = seen.page0 + split * kSplitPages;
+            item.page1 = min_of(seen.page1, item.page0 + kSplitPages);
             emit(item);
           }
           item.part = splits;
@@ -151,6 +158,12 @@ class Attention {
     merge(item);
   }
 
+  // What the rows of an item read.
+  Request request(const Item& item) const { return Request(step, softmax, item.request, item.row0 / group); }
+
+  // Position of a row's token.
+  int position(const Item& item, const Request& q, int row) const { return q.context + (item.row0 + row) / group; }
+
   // Queries of an item, [row][dim], times `scale`: all logits are to base two.
   void load_queries(const Item& item, const Request& q, float scale, float* out) const {
     for (int row = 0; row < item.rows; row++) {
@@ -177,6 +190,12 @@ class Attention {
     }
   }
 
+  // The tokens of `count` pages from page `index` on that a row sees.
+  Seen seen_of_pages(const Item& item, const Request& q, int row, int index, int count) const {
+    const int first = oscar::first_visible(softmax, position(item, q, row)), begin = index * kPage;
+    return seen_of(first - begin, q.exact - begin, count * kPage);
+  }
+
   void decode(const Item& item, const Request& q, DecodeState& d) const {
     const uint8_t* pages[kSplitPages + kGroupPages];
     const int count = item.page1 - item.page0;
@@ -189,19 +208,19 @@ class Attention {
         pages[total++] = page(items_[j], i);
     for (int i = 0; i < count; i += kGroupPages) {
       const int n = min_of(kGroupPages, count - i), begin = item.page0 + i;
-      decode_pages(d, s, pages + i, n, begin == 0, min_of(n * kPage, q.ring_start - begin * kPage), pages + i + n,
-                   min_of(kGroupPages, total - i - n));
+      const auto visible = [&](int row) { return seen_of_pages(item, q, row, begin, n); };
+      decode_pages(d, s, pages + i, n, begin == 0, visible, pages + i + n, min_of(kGroupPages, total - i - n));
     }
   }
 
   void pages_as_integers(const Item& item) {
-    const Request q(step, item.request);
+    const Request q = request(item);
     float* plain = thread_scratch.take<float>(item.rows * s.dim);
     float* rotated = thread_scratch.take<float>(item.rows * s.dim);
-    DecodeState d = take_decode(thread_scratch, s, item.rows);
+    DecodeState d = take_decode(thread_scratch, s, item.rows, soft_cap());
     for (int p = item.page0; p < min_of(item.page1, item.page0 + kGroupPages); p++)
       for (int64_t i = 0; i < cache.format.page_bytes; i += 64) __builtin_prefetch(page(item, p) + i, 0, 2);
-    load_queries(item, q, cache.softmax.scale * kLog2e, plain);
+    load_queries(item, q, softmax.scale * kLog2e, plain);
     rotate(plain, how.hadamard, s.dim, item.rows, rotated);
     begin_decode(d, s, rotated);
     decode(item, q, d);
@@ -213,27 +232,31 @@ class Attention {
   template <class Attend>  // Attend(tile, visible)
   void attend_exact(const Item& item, const Request& q, Attend attend) const {
     const RingReader ring(cache, oscar::ring_row(step, item.request), item.head, a.dtype);
-    const int held = q.context - q.ring_start, end = held + (item.row0 + item.rows - 1) / group + 1;
+    // Tokens are counted from q.exact on. Where the window begins behind the context, none is held.
+    const int held = q.context - q.exact, end = held + (item.row0 + item.rows - 1) / group + 1;
     TokenTile tile;
     for (int begin = 0; begin < end; begin += tile.count) {
       const int from_ring = max_of(0, min_of(kTile, held - begin));
       const bool alone = from_ring && ring.dtype != a.dtype;  // a tile has tokens of one type
       tile.dtype = alone ? ring.dtype : a.dtype;
       tile.count = alone ? from_ring : min_of(kTile, end - begin);
-      ring.read(q.ring_start + begin, from_ring, tile);
+      ring.read(q.exact + begin, from_ring, tile);
       for (int i = from_ring; i < tile.count; i++) {
         const int token = q.begin + begin + i - held;
         tile.key[i] = oscar::token_address(a.key, token, item.head);
         tile.value[i] = oscar::token_address(a.value, token, item.head);
       }
-      attend(tile, [&](int row) { return min_of(tile.count, held + (item.row0 + row) / group + 1 - begin); });
+      attend(tile, [&](int row) {
+        const int at = position(item, q, row), base = q.exact + begin;
+        return seen_of(oscar::first_visible(softmax, at) - base, at + 1 - base, tile.count);
+      });
     }
   }
 
   // The same for few rows, which read the tokens where they are.
   void attend_few(const Item& item, const Request& q, const DenseState& d) const {
     float* query = thread_scratch.take<float>(item.rows * s.dim);
-    load_queries(item, q, cache.softmax.scale * kLog2e, query);
+    load_queries(item, q, softmax.scale * kLog2e, query);
     attend_exact(item, q, [&](const TokenTile& tile, auto visible) {
       if (tile.dtype == kInt8) attend_int8(d, s, query, tile, visible);
       else attend_in_place(d, s, query, tile, visible);
@@ -241,8 +264,8 @@ class Attention {
   }
 
   void exact_part(const Item& item) {
-    const Request q(step, item.request);
-    DenseState d = take_dense(thread_scratch, s, item.rows);
+    const Request q = request(item);
+    DenseState d = take_dense(thread_scratch, s, item.rows, soft_cap());
     begin_dense(d, s);
     attend_few(item, q, d);
     put_partial(item, d.output, d.maximum, d.total);
@@ -253,16 +276,18 @@ class Attention {
     I* planes = thread_scratch.take<I>(4 * s.words);
     float* keys = thread_scratch.take<float>(kTile * s.dim);
     float* values = thread_scratch.take<float>(kTile * s.dim);
-    for (int i = 0; i < q.pages; i++) {
-      const int count = min_of(kPage, q.ring_start - i * kPage);
-      const TokenParams params(page(item, i), s, i == 0, count);
+    for (int i = q.page0; i < q.page1; i++) {
+      const auto visible = [&](int row) { return seen_of_pages(item, q, row, i, 1); };
+      const Seen seen = visible(0);  // by any row
+      const int count = seen.end;
+      const TokenParams params(page(item, i), s, i == 0, seen);
       with_bits(cache.format.key_bits, [&](auto bits) {
         dequantize_keys<bits, Tiles::kWholePages>(page(item, i), s, i == 0, count, params, planes, keys);
       });
       with_bits(cache.format.value_bits, [&](auto bits) {
         dequantize_values<bits, Tiles::kWholePages>(page(item, i), s, params, values);
       });
-      tiles.page(keys, values, params, count);
+      tiles.page(keys, values, params, count, visible);
     }
   }
 
@@ -270,8 +295,8 @@ class Attention {
   template <class Tiles>
   void attend_staged(const Item& item, const Request& q, const DenseState& d, Tiles tiles) const {
     float* query = thread_scratch.take<float>(item.rows * s.dim);
-    load_queries(item, q, Tiles::kScaledQueries ? cache.softmax.scale * kLog2e : 1.0f, query);
-    if (q.pages) {
+    load_queries(item, q, Tiles::kScaledQueries ? softmax.scale * kLog2e : 1.0f, query);
+    if (q.pages()) {
       float* rotated = thread_scratch.take<float>(item.rows * s.dim);
       rotate(query, how.hadamard, s.dim, item.rows, rotated);
       tiles.set_rotated_query(rotated);
@@ -285,21 +310,28 @@ class Attention {
 
   // Many rows, or no pages.
   void everything(const Item& item) {
-    const Request q(step, item.request);
-    const DenseState d = take_dense(thread_scratch, s, item.rows);
+    const Request q = request(item);
+    const DenseState d = take_dense(thread_scratch, s, item.rows, soft_cap());
     begin_dense(d, s);
-    if (!q.pages && item.rows <= kMaxRows) attend_few(item, q, d);
-    else if (const MultiplyBf16 multiply = multiply_of(q.pages))
-      attend_staged(item, q, d, Bf16Tiles(thread_scratch, s, d, cache.softmax.scale * kLog2e, multiply));
+    if (!q.pages() && item.rows <= kMaxRows) attend_few(item, q, d);
+    else if (const MultiplyBf16 multiply = multiply_of(q.pages()))
+      attend_staged(item, q, d, Bf16Tiles(thread_scratch, s, d, softmax.scale * kLog2e, multiply));
     else attend_staged(item, q, d, Fp32Tiles(thread_scratch, s, d));
-    for (int row = 0; row < item.rows; row++) finish(item, row, d.output + row * s.dim, d.total[row]);
+    for (int row = 0; row < item.rows; row++) finish(item, row, d.output + row * s.dim, d.maximum[row], d.total[row]);
   }
 
-  void finish(const Item& item, int row, float* output, float total) const {
-    const float inverse = 1.0f / total;
-    for (int i = 0; i < s.dim; i++) output[i] *= inverse;
+  // A row's output from its sum of values, its largest logit and its sum of weights relative to that.
+  void finish(const Item& item, int row, float* output, float maximum, float total) const {
     const int token = oscar::StepTokens(step, item.request).begin + (item.row0 + row) / group;
     const int head = item.head * group + (item.row0 + row) % group;
+    float weight = 1.0f;
+    if (softmax.sinks) {
+      const float sink = softmax.sinks[head] * kLog2e, top = sink > maximum ? sink : maximum;
+      weight = exp2_nonpositive(maximum - top);
+      total = total * weight + exp2_nonpositive(sink - top);
+    }
+    const float inverse = weight / total;
+    for (int i = 0; i < s.dim; i++) output[i] *= inverse;
     store_token(output, a.dtype, s.dim, oscar::token_address(a.out, token, head));
   }
 
@@ -309,6 +341,7 @@ class Attention {
     float* plain = thread_scratch.take<float>(item.rows * s.dim);
     float* totals = thread_scratch.take<float>(item.rows);
     float* last_weight = thread_scratch.take<float>(item.rows);
+    float* maximum = thread_scratch.take<float>(item.rows);
     memset(rotated, 0, 4 * item.rows * s.dim);
     const int last = item.parts - 1;
     for (int row = 0; row < item.rows; row++) {
@@ -320,19 +353,18 @@ class Attention {
       float total = 0, *out = rotated + row * s.dim;
       for (int part = 0; part <= last; part++) {
         const float* p = partial(item, row, part);
-        float lanes[kLanes];
-        store(lanes, exp2_nonpositive(set_f(p[s.dim]) - set_f(top)));
-        total += lanes[0] * p[s.dim + 1];
-        if (part == last) last_weight[row] = lanes[0];
-        else for (int i = 0; i < s.dim; i++) out[i] += lanes[0] * p[i];
+        const float weight = exp2_nonpositive(p[s.dim] - top);
+        total += weight * p[s.dim + 1];
+        if (part == last) last_weight[row] = weight;
+        else for (int i = 0; i < s.dim; i++) out[i] += weight * p[i];
       }
-      totals[row] = total;
+      totals[row] = total, maximum[row] = top;
     }
     rotate(rotated, how.hadamard_t, s.dim, item.rows, plain);
     for (int row = 0; row < item.rows; row++) {
       const float* p = partial(item, row, last);
       for (int i = 0; i < s.dim; i++) plain[row * s.dim + i] += last_weight[row] * p[i];
-      finish(item, row, plain + row * s.dim, totals[row]);
+      finish(item, row, plain + row * s.dim, maximum[row], totals[row]);
     }
   }
 };

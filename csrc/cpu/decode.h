@@ -73,6 +73,7 @@ struct DecodeState {
   bool has_first;         // the two above were set
   float* factor;          // [row][value group]: of probs
   float* decay;           // [row]: factor of what was summed up before this page
+  float soft_cap;         // of logits to base two; 0: none
   Prefetch prefetch;
 
   int probs_group() const { return kGroupTokens / 32 * rows * 16; }
@@ -85,9 +86,10 @@ inline size_t decode_bytes(const Shape& s, int rows) {
          3 * pad(4 * rows) + 3 * pad(4 * rows * s.value_groups) + pad(4 * s.dim);
 }
 
-inline DecodeState take_decode(Scratch& scratch, const Shape& s, int rows) {
+inline DecodeState take_decode(Scratch& scratch, const Shape& s, int rows, float soft_cap) {
   DecodeState d;
   d.rows = rows;
+  d.soft_cap = soft_cap;
   d.query = scratch.take<float>(rows * 4 * s.quads);
   d.numbers = scratch.take<int32_t>(rows * 4 * s.quads);
   d.logits = scratch.take<float>(rows * kGroupTokens);
@@ -265,6 +267,18 @@ inline void page_logits(DecodeState& d, const Shape& s, const uint8_t* page, boo
 }
 
 // ---- softmax -----------------------------------------------------------------------------------------
+// What only some models have: a cap of the logits, and tokens before a row's sliding window.
+template <class Visible>
+inline void cap_and_hide(const DecodeState& d, Visible visible, int padded) {
+  for (int row = 0; row < d.rows; row++) {
+    float* logits = d.logits + row * kGroupTokens;
+    if (d.soft_cap > 0)
+      for (int i = 0; i < padded; i += 16) store(logits + i, cap_logits(load_f(logits + i), d.soft_cap));
+    const int begin = visible(row).begin;
+    for (int i = 0; i < begin; i++) logits[i] = -__builtin_inff();
+  }
+}
+
 // Logits, to base two, of the first `count` tokens to probabilities relative to the running maximum;
 // zero up to `padded`.
 inline void softmax(const DecodeState& d, int count, int padded) {
@@ -306,12 +320,17 @@ inline void softmax(const DecodeState& d, int count, int padded) {
 }
 
 // ---- values ------------------------------------------------------------------------------------------
-// first: the first of the pages has a first token in 8 bits. It is left out here, but for its zero.
-inline void round_probabilities(DecodeState& d, const Shape& s, const uint8_t* const* pages, int count, int padded,
+// seen: by any row. first: the first of the pages has a first token in 8 bits. It is left out here, but for its zero.
+inline void round_probabilities(DecodeState& d, const Shape& s, const uint8_t* const* pages, Seen seen, int padded,
                                 bool first) {
   const float middle = middle_code(s.format.value_bits);
   alignas(64) float scale[kMaxValueGroups * kGroupTokens], zero[kMaxValueGroups * kGroupTokens];
   for (int i = 0; i < padded; i += kPage) load_value_params(pages[i / kPage], s, kGroupTokens, scale + i, zero + i);
+  for (int group = 0; group < s.value_groups; group++) {  // may be NaN, and 0 * NaN is NaN
+    float *vs = scale + group * kGroupTokens, *vz = zero + group * kGroupTokens;
+    for (int i = 0; i < seen.begin; i++) vs[i] = vz[i] = 0;
+    for (int i = seen.end; i < padded; i++) vs[i] = vz[i] = 0;
+  }
   if (d.has_first)
     for (int row = 0; row < d.rows; row++)
       for (int group = 0; group < s.value_groups; group++) d.first[row * s.value_groups + group] *= d.decay[row];
@@ -326,8 +345,7 @@ inline void round_probabilities(DecodeState& d, const Shape& s, const uint8_t* c
   }
   for (int group = 0; group < s.value_groups; group++) {
     float *vs = scale + group * kGroupTokens, *vz = zero + group * kGroupTokens;
-    for (int i = count; i < padded; i++) vs[i] = vz[i] = 0;  // may be NaN, and 0 * NaN is NaN
-    for (int i = 0; i < padded; i += 16)                     // now the value of the middle code
+    for (int i = 0; i < padded; i += 16)  // now the value of the middle code
       store(vz + i, fma(load_f(vs + i), set_f(middle), load_f(vz + i)));
   }
   for (int group = 0; group < s.value_groups; group++) {
@@ -444,15 +462,18 @@ inline void page_values(DecodeState& d, const Shape& s, const uint8_t* const* pa
   }
 }
 
-// A group of pages for all rows; `tokens` leading tokens are read. `next`: pages to come.
-inline void decode_pages(DecodeState& d, const Shape& s, const uint8_t* const* pages, int count, bool first, int tokens,
-                         const uint8_t* const* next, int next_count) {
+// A group of pages for all rows, of which row 0 sees the earliest tokens. `next`: pages to come.
+template <class Visible>
+inline void decode_pages(DecodeState& d, const Shape& s, const uint8_t* const* pages, int count, bool first,
+                         Visible visible, const uint8_t* const* next, int next_count) {
+  const Seen seen = visible(0);
   d.prefetch.begin(next, next_count, s.format.page_bytes, 8 * s.chunks + 2 * s.words * count);
   with_bits(s.format.key_bits, [&](auto bits) {
     for (int i = 0; i < count; i++) page_logits<bits>(d, s, pages[i], first && i == 0, d.logits + i * kPage);
   });
-  softmax(d, tokens, count * kPage);
-  round_probabilities(d, s, pages, tokens, count * kPage, first && s.format.first_token);
+  if (visible(d.rows - 1).begin > 0 || d.soft_cap > 0) cap_and_hide(d, visible, count * kPage);
+  softmax(d, seen.end, count * kPage);
+  round_probabilities(d, s, pages, seen, count * kPage, first && s.format.first_token);
   with_bits(s.format.value_bits, [&](auto bits) { page_values<bits>(d, s, pages, count); });
 }
 

@@ -4,11 +4,10 @@
 #pragma once
 
 #include "page.h"
+#include "softmax.h"
 #include "tokens.h"
 
 namespace {
-
-constexpr float kLog2e = 1.44269504088896341f;
 
 // ---- C[m][n] = A[m][k] B[k][n] (+ C); n is a multiple of 16 ---------------------------------------
 constexpr int kTileRows = kParts == 1 ? 6 : kParts == 2 ? 2 : 4;
@@ -109,6 +108,7 @@ struct DenseState {
   float *scores;           // [row][kTile]
   float *output;           // [row][dim], not normalised
   float *maximum, *total;  // [row]
+  float soft_cap;          // of logits to base two; 0: none
 };
 
 inline size_t dense_bytes(const Shape& s, int rows) {
@@ -117,9 +117,10 @@ inline size_t dense_bytes(const Shape& s, int rows) {
   return pad(4 * padded * kTile) + pad(4 * padded * s.dim) + 2 * pad(4 * rows);
 }
 
-inline DenseState take_dense(Scratch& scratch, const Shape& s, int rows) {
+inline DenseState take_dense(Scratch& scratch, const Shape& s, int rows, float soft_cap) {
   DenseState d;
   d.rows = rows;
+  d.soft_cap = soft_cap;
   const int padded = (rows + 15) / 16 * 16;
   d.scores = scratch.take<float>(padded * kTile);
   d.output = scratch.take<float>(padded * s.dim);
@@ -137,19 +138,20 @@ struct ScoresAreLogits {
   OSCAR_INLINE F operator()(F x, int) const { return x; }
 };
 
-// Scores of a tile to probabilities relative to the running maximum. Row r reads tokens 0 ..
-// visible(r) - 1 of `count`; logit(x, i) makes logits of the scores x of tokens i .. i + 15.
+// Scores of a tile to probabilities relative to the running maximum. Row r reads the tokens
+// visible(r) of `count`; logit(x, i) makes logits of the scores x of tokens i .. i + 15.
 template <class Visible, class Logit>
-inline void soften(const DenseState& d, const Shape& s, int count, Visible visible, Logit logit) {
+inline void soften_uncapped(const DenseState& d, const Shape& s, int count, Visible visible, Logit logit) {
   const int padded = (count + 15) / 16 * 16;
   const I index = lane_index();
   const F none = set_f(-__builtin_inff());
   for (int row = 0; row < d.rows; row++) {
     float* scores = d.scores + row * kTile;
-    const int seen = visible(row);
+    const Seen seen = visible(row);
     F peak = none;
     for (int i = 0; i < padded; i += 16) {
-      const F x = select(less(index, set_i(seen - i)), logit(load_f(scores + i), i), none);
+      F x = select(less(index, set_i(seen.end - i)), logit(load_f(scores + i), i), none);
+      if (i < seen.begin) x = select(less(index, set_i(seen.begin - i)), none, x);
       store(scores + i, x);
       peak = max(peak, x);
     }
@@ -173,6 +175,18 @@ inline void soften(const DenseState& d, const Shape& s, int count, Visible visib
     d.maximum[row] = top;
     d.total[row] += sum(sums);
   }
+}
+
+// The same with the model's cap of the logits, which few have: a pass of its own.
+template <class Visible, class Logit>
+inline void soften(const DenseState& d, const Shape& s, int count, Visible visible, Logit logit) {
+  if (!(d.soft_cap > 0)) return soften_uncapped(d, s, count, visible, logit);
+  for (int row = 0; row < d.rows; row++)
+    for (int i = 0; i < count; i += 16) {
+      float* scores = d.scores + row * kTile + i;
+      store(scores, cap_logits(logit(load_f(scores), i), d.soft_cap));
+    }
+  soften_uncapped(d, s, count, visible, ScoresAreLogits());
 }
 
 // The same of tokens, whose scales go to the scores of keys and to the probabilities of values. factor: of logits.
@@ -213,9 +227,10 @@ class Fp32Tiles {
   void set_query(const float* query) { query_ = query; }
 
   // A dequantized page, [dim][kTile] and [kTile][dim].
-  void page(const float* keys, const float* values, const TokenParams& params, int count) const {
+  template <class Visible>
+  void page(const float* keys, const float* values, const TokenParams& params, int count, Visible visible) const {
     multiply_keys(keys, count);
-    soften(d, s, count, [&](int) { return count; }, ScoresAreLogits());
+    soften(d, s, count, visible, ScoresAreLogits());
     multiply_values(values, count);
     add_first_value(d, s, params);
   }

@@ -77,13 +77,13 @@ class Bf16Tiles {
     round_rows(query, s.dim, d.rows, s.dim, query_, depth_, [](F x, int) { return x; });
   }
 
-  void page(const float* keys, const float* values, const TokenParams& params, int count) const {
+  template <class Visible>
+  void page(const float* keys, const float* values, const TokenParams& params, int count, Visible visible) const {
     pair_rows(s.dim, kTile, keys_, [&](int k, int c) { return load_f(keys + k * kTile + c); });
     pair_rows(count, s.dim, values_, [&](int k, int c) { return load_f(values + k * s.dim + c); });
     add_scores(query_, count, false);
     add_scores(rest_, count, true);
-    soften(d, s, count, [&](int) { return count; },
-           [&](F x, int i) { return x * (load_f(params.norms + i) * set_f(scale_)); });
+    soften(d, s, count, visible, [&](F x, int i) { return x * (load_f(params.norms + i) * set_f(scale_)); });
     add_first_value(d, s, params);  // in fp32: its bytes less the middle code would be no bf16 numbers
     for (int group = 0; group < s.value_groups; group++) {
       const float *scale = params.v_scale + group * kPage, *zero = params.v_zero + group * kPage;

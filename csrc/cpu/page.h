@@ -7,6 +7,7 @@
 #include "oscar/step.h"
 #include "scratch.h"
 #include "simd.h"
+#include "softmax.h"
 
 namespace {
 
@@ -229,16 +230,18 @@ struct TokenParams {
   alignas(64) float first_value[kMaxDim];  // by channel
   const bool has_first;                    // the page has a first token in 8 bits
 
-  // Tokens from `count` on are zero.
-  TokenParams(const uint8_t* page, const Shape& s, bool first, int count)
+  // Tokens that are not seen are zero.
+  TokenParams(const uint8_t* page, const Shape& s, bool first, Seen seen)
       : has_first(first && s.format.first_token) {
     if (has_first) load_first_value(page, s, first_value);
     load_norms(page, s, norms);
     load_value_params(page, s, kPage, v_scale, v_zero);
-    for (int i = count; i < kPage; i++) {
+    const auto hide = [&](int i) {
       norms[i] = 0;
       for (int group = 0; group < s.value_groups; group++) v_scale[group * kPage + i] = v_zero[group * kPage + i] = 0;
-    }
+    };
+    for (int i = 0; i < seen.begin; i++) hide(i);
+    for (int i = seen.end; i < kPage; i++) hide(i);
   }
 };
 
