@@ -12,6 +12,7 @@ its weights, so that no cache of the processor still holds this layer's tokens. 
     python benchmarks/cpu.py                                  # contexts x batches of decode
     python benchmarks/cpu.py --context 8192 --batch 4 --json out.json
     python benchmarks/cpu.py --query 1024 --context 4096      # one chunk of a prefill
+    python benchmarks/cpu.py --sliding-window 1024            # its times should not grow with the context
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Record:
     kv_heads: int
     head_dim: int
     preset: str
+    sliding_window: int  # 0: none
     threads: int
     cold_mib: float
     isa: str
@@ -65,11 +67,24 @@ class Record:
 class Case:
     """A batch of requests of equal length, for both implementations."""
 
-    def __init__(self, fmt: PageFormat, context: int, batch: int, query: int, heads: int, kv_heads: int, cold: int):
-        self.fmt, self.query_heads, self.heads = fmt, heads, kv_heads
+    def __init__(
+        self,
+        fmt: PageFormat,
+        softmax: Softmax,
+        context: int,
+        batch: int,
+        query: int,
+        heads: int,
+        kv_heads: int,
+        cold: int,
+    ):
+        self.fmt, self.softmax, self.query_heads, self.heads = fmt, softmax, heads, kv_heads
         dim, seq_len = fmt.head_dim, context + query
         self.context, self.batch, self.new = context, batch, query
-        count = -(-seq_len // PAGE_TOKENS)
+        count, skipped = -(-seq_len // PAGE_TOKENS), softmax.first_visible(context) // PAGE_TOKENS
+        blocks = batch * (count - skipped)  # those before the window are free
+        page_table = torch.zeros(batch, count, dtype=torch.int32)
+        page_table[:, skipped:] = torch.randperm(blocks, dtype=torch.int32).view(batch, -1)
         self.query = torch.randn(batch * query, heads, dim).to(DTYPE)
         self.key, self.value = (torch.randn(batch * query, kv_heads, dim).to(DTYPE) for _ in range(2))
         self.out_oscar, self.out_bf16 = torch.empty_like(self.query), torch.empty_like(self.query)
@@ -79,7 +94,7 @@ class Case:
         self.step = Step(
             query_start_loc=torch.arange(batch + 1, dtype=torch.int32) * query,
             seq_lens=torch.full((batch,), seq_len, dtype=torch.int32),
-            page_table=torch.randperm(batch * count, dtype=torch.int32).view(batch, count),
+            page_table=page_table,
             ring_table=torch.arange(batch * ring_pages, dtype=torch.int32).view(batch, -1),
             ring_start=torch.full((batch,), start, dtype=torch.int32),
             max_query_len=query,
@@ -91,7 +106,7 @@ class Case:
             ring=torch.zeros(batch * ring_pages, kv_heads, fmt.page_bytes, dtype=torch.uint8),
             ring_pages=ring_pages,
             fmt=fmt,
-            softmax=Softmax(dim**-0.5),
+            softmax=softmax,
         )
         whole = replace(
             self.step.head(1, some * PAGE_TOKENS),
@@ -100,8 +115,9 @@ class Case:
             page_table=torch.arange(some, dtype=torch.int32)[None],
         )
         cpu.store_pages(whole, first, *torch.randn(2, some * PAGE_TOKENS, kv_heads, dim).to(DTYPE))
-        pages = first.pages[1:].repeat(-(-batch * count // (some - 1)), 1, 1)[: batch * count].clone()
-        pages[self.step.page_table[:, 0].long()] = first.pages[0]  # only there does a first page make sense
+        pages = first.pages[1:].repeat(-(-blocks // (some - 1)), 1, 1)[:blocks].clone()
+        if not skipped:
+            pages[page_table[:, 0].long()] = first.pages[0]  # only there does a first page make sense
         recent = min(context, fmt.config.ring_capacity())
         newest_tokens = replace(
             self.step,
@@ -119,9 +135,9 @@ class Case:
         from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
         self.vllm = _custom_ops
-        blocks = torch.randn(1, kv_heads, 2 * PAGE_TOKENS, dim).to(DTYPE)
+        block = torch.randn(1, kv_heads, 2 * PAGE_TOKENS, dim).to(DTYPE)
         copies = range(max(1, -(-cold // bf16_bytes)))
-        self.blocks = [blocks.repeat(batch * count, 1, 1, 1).chunk(2, dim=2) for _ in copies]
+        self.blocks = [block.repeat(blocks, 1, 1, 1).chunk(2, dim=2) for _ in copies]
         self.metadata = _custom_ops.cpu_attn_get_scheduler_metadata(
             num_reqs=batch,
             num_heads=heads,
@@ -131,7 +147,7 @@ class Case:
             dtype=DTYPE,
             query_start_loc=self.step.query_start_loc,
             causal=True,
-            sliding_window_size=-1,
+            sliding_window_size=softmax.sliding_window or -1,
             isa=_get_attn_isa(DTYPE, PAGE_TOKENS, dim),
             enable_kv_split=True,
         )
@@ -161,10 +177,10 @@ class Case:
             output=self.out_bf16,
             query_start_loc=self.step.query_start_loc,
             seq_lens=self.step.seq_lens,
-            scale=self.caches[0].scale,
+            scale=self.softmax.scale,
             causal=True,
             alibi_slopes=None,
-            sliding_window=-1,
+            sliding_window=self.softmax.sliding_window or -1,
             block_table=self.step.page_table,
             softcap=0,
             scheduler_metadata=self.metadata,
@@ -174,11 +190,12 @@ class Case:
     def bytes_read(self) -> tuple[int, int]:
         """Cache bytes of OScaR and of bf16."""
         token = 2 * self.fmt.head_dim * DTYPE.itemsize
-        start = int(self.step.ring_start[0])
-        pages = -(-start // PAGE_TOKENS) * self.fmt.page_bytes
+        first = self.softmax.first_visible(self.context)
+        start = max(int(self.step.ring_start[0]), first)
+        pages = (-(-start // PAGE_TOKENS) - first // PAGE_TOKENS if start > first else 0) * self.fmt.page_bytes
         ring = (self.context - start) * self.fmt.config.ring.token_bytes(self.fmt.head_dim, DTYPE.itemsize)
         heads = self.batch * self.heads
-        return heads * (pages + ring + self.new * token), heads * (self.context + self.new) * token
+        return heads * (pages + ring + self.new * token), heads * (self.context - first + self.new) * token
 
 
 def read_bandwidth() -> float:
@@ -238,6 +255,7 @@ def main(
     kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 8,
     head_dim: int = 128,
     preset: str = "oscar",
+    sliding_window: Annotated[int, typer.Option(help="Of the model; 0: none.")] = 0,
     threads: Annotated[int, typer.Option(help="Threads; 0 leaves torch's choice.")] = 0,
     repeats: Annotated[int, typer.Option(help="Pairs a case.")] = 25,
     cpu_time: Annotated[
@@ -262,23 +280,27 @@ def main(
     bandwidth = read_bandwidth()
     console = Console()
     isa = cpu.isa()
-    table = Table(title=f"{preset}, {torch.get_num_threads()} threads, {isa}, reads {bandwidth / 1e9:.1f} GB/s")
+    softmax = Softmax(head_dim**-0.5, sliding_window or None)
+    title = f"{preset}, {torch.get_num_threads()} threads, {isa}, reads {bandwidth / 1e9:.1f} GB/s"
+    table = Table(title=title + (f", sliding window {sliding_window}" if sliding_window else ""))
     for column in ("context", "batch", "oscar us", "bf16 us", "ratio", "oscar % bw", "bf16 % bw", "error"):
         table.add_column(column, justify="right")
     records = []
     for length in context or [1024, 2048, 4096, 8192, 16384, 32768, 65536]:
         for requests in batch or [1, 4, 16]:
-            if requests * (length + query) * kv_heads * head_dim * 2 * DTYPE.itemsize > max_gib * 2**30:
+            tokens = length - softmax.first_visible(length) + query
+            if requests * tokens * kv_heads * head_dim * 2 * DTYPE.itemsize > max_gib * 2**30:
                 continue
-            case = Case(fmt, length, requests, query, heads, kv_heads, int(cold_mib * 2**20))
+            case = Case(fmt, softmax, length, requests, query, heads, kv_heads, int(cold_mib * 2**20))
             error = case.error()
             if not error < 5e-3:
                 raise SystemExit(f"context {length}, batch {requests}: relative error {error:.2e}; nothing was timed")
             us_oscar, us_bf16, ratio = measure(case, repeats, cpu_time)
             share = [100 * n / (us * 1e-6) / bandwidth for n, us in zip(case.bytes_read(), (us_oscar, us_bf16))]
             record = Record(
-                length, requests, query, heads, kv_heads, head_dim, preset, torch.get_num_threads(), cold_mib, isa,
-                round(us_oscar, 1), round(us_bf16, 1), round(ratio, 3), error, round(share[0], 1), round(share[1], 1),
+                length, requests, query, heads, kv_heads, head_dim, preset, sliding_window, torch.get_num_threads(),
+                cold_mib, isa, round(us_oscar, 1), round(us_bf16, 1), round(ratio, 3), error, round(share[0], 1),
+                round(share[1], 1),
             )  # fmt: skip
             records.append(record)
             table.add_row(

@@ -4,13 +4,13 @@
 import importlib.metadata
 import json
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 from vllm_oscar.core.config import PRESETS
-from vllm_oscar.core.format import PageFormat
 from vllm_oscar.ops import cpu, reference
 from vllm_oscar.tools import doctor as diagnosis
 from vllm_oscar.tools import plan as planner
@@ -313,19 +313,31 @@ def test_doctor_says_that_vllm_needs_a_compiler(monkeypatch):
     assert finding.level == "warning" and "--enforce-eager" in finding.detail
 
 
-def test_verify_finds_a_wrong_kernel(monkeypatch):
-    """A kernel that ignores the ring must not pass."""
-    fmt = PageFormat.preset("oscar", 64)
+def attention_without(**changes):
+    """The reference with another softmax."""
 
-    broken = SimpleNamespace(
-        __name__="vllm_oscar.ops.broken",
-        store_pages=reference.store_pages,
-        attention=reference.attention,
-        write_ring=lambda *args: None,
-    )
+    def attention(step, cache, *tensors):
+        reference.attention(step, replace(cache, softmax=replace(cache.softmax, **changes)), *tensors)
+
+    return attention
+
+
+WRONG_KERNELS = {
+    "no ring": {"write_ring": lambda *args: None},
+    "no sliding window": {"attention": attention_without(sliding_window=None)},
+    "a window off by one": {"attention": attention_without(sliding_window=verification.SLIDING_WINDOW - 1)},
+    "no sinks": {"attention": attention_without(sinks=None)},
+}
+
+
+@pytest.mark.parametrize("name", WRONG_KERNELS)
+def test_verify_finds_a_wrong_kernel(name, monkeypatch):
+    names = ("store_pages", "attention", "write_ring")
+    kernels = {operation: getattr(reference, operation) for operation in names} | WRONG_KERNELS[name]
+    broken = SimpleNamespace(__name__="vllm_oscar.ops.broken", **kernels)
     monkeypatch.setattr(verification.select, "select", lambda device, fmt: broken)
     result = next(iter(verification.verify("cpu", seed=0)))
-    assert result.head_dim == fmt.head_dim and not result.passed
+    assert result.head_dim == 64 and not result.passed
 
 
 def test_verify_accepts_this_machines_kernels():

@@ -63,13 +63,17 @@ for isa in cpu.isas():
         )
         pages = exact(torch.zeros(15, heads, fmt.page_bytes, dtype=torch.uint8))
         ring = exact(torch.zeros(5 * ring_pages, heads, fmt.page_bytes, dtype=torch.uint8))
-        cache = Cache(pages, ring, ring_pages, fmt, Softmax(dim**-0.5))
         key, value = (exact(torch.randn(178, heads, dim).to(dtype)) for _ in range(2))
         query, out = (exact(torch.randn(178, heads * group, dim).to(dtype)) for _ in range(2))
-        cpu.store_pages(step, cache, key, value)
-        cpu.attention(step, cache, query, key, value, out)
-        cpu.write_ring(step, cache, key, value)
-        assert torch.isfinite(out).all()
+        sinks = exact(torch.randn(heads * group))
+        for softmax in (Softmax(dim**-0.5), Softmax(dim**-0.5, 129, sinks=sinks), Softmax(dim**-0.5, 20, 5.0)):
+            cache = Cache(pages, ring, ring_pages, fmt, softmax)
+            for row, (context, new) in enumerate(requests):
+                step.page_table[row, : softmax.first_visible(context) // 128] = 2**30
+            cpu.store_pages(step, cache, key, value)
+            cpu.attention(step, cache, query, key, value, out)
+            cpu.write_ring(step, cache, key, value)
+            assert torch.isfinite(out).all()
 print("clean")
 """
 

@@ -116,7 +116,7 @@ def verify(
     from vllm_oscar.tools import verify as verification
 
     table = Table(title=f"worst error relative to the reference, device {device}", title_justify="left")
-    for header in ("kernels", "preset", "head_dim", "store", "attention", ""):
+    for header in ("kernels", "preset", "head_dim", "store", "attention", "sliding window", ""):
         table.add_column(header)
     failed = False
     try:
@@ -128,6 +128,7 @@ def verify(
                 str(result.head_dim),
                 f"{result.store_error:.1e}",
                 f"{result.attention_error:.1e}",
+                f"{result.window_error:.1e}",
                 "[green]ok[/]" if result.passed else "[bold red]wrong[/]",
             )
     except (RuntimeError, ValueError) as error:
