@@ -88,6 +88,9 @@ def make_case(
     group: int = 4,
     dtype: torch.dtype = torch.float16,
     window: bool = True,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: bool = False,
     lookahead: int = 16,
     seed: int = 0,
     device: str = "cuda",
@@ -95,9 +98,13 @@ def make_case(
     """A step of ``requests``, each ``(context, query_len)``.
 
     ``window``: every second request reads its newest tokens from the ring although
-    their pages exist (recent window); the others only what no page holds yet.
+    their pages exist (recent window); the others only what no page holds yet. Pages, table
+    entries and ring tokens before ``sliding_window`` are poison, too, and tokens around its start
+    have large keys, so that a window off by one shows. ``sinks``: random ones.
     """
     generator = torch.Generator(device).manual_seed(seed)
+    sink = torch.randn(kv_heads * group, generator=generator, device=device) * 2 if sinks else None
+    softmax = Softmax(fmt.head_dim**-0.5, sliding_window, soft_cap, sink)
     ring_pages = fmt.ring_pages(dtype.itemsize, lookahead)
     blocks_of = [-(-(context + length) // PAGE_TOKENS) for context, length in requests]
     blocks, count = sum(blocks_of) + 3, len(requests)
@@ -111,19 +118,21 @@ def make_case(
     capacity = tokens_per_page * ring_pages
 
     ring_start, used = [], 0
-    for r, (context, _) in enumerate(requests):
+    for r, (context, length) in enumerate(requests):
         page_table[r, : blocks_of[r]] = order[used : used + blocks_of[r]]
         used += blocks_of[r]
         ring_table[r, :ring_pages] = ring_order[r * ring_pages : (r + 1) * ring_pages]
         key, value = random_tokens(context, kv_heads, fmt, dtype, generator, device)
-        full = context // PAGE_TOKENS
-        if full:
-            rows = slice(full * PAGE_TOKENS)
-            first = torch.arange(full, device=device) == 0
-            pages[page_table[r, :full].long()] = reference.encode_pages(
-                key[rows].unflatten(0, (full, PAGE_TOKENS)), value[rows].unflatten(0, (full, PAGE_TOKENS)), fmt, first
-            )
-        positions = torch.arange(max(0, context - capacity), context, device=device)
+        full, first = context // PAGE_TOKENS, softmax.first_visible(context)
+        hidden = first // PAGE_TOKENS
+        if sliding_window:
+            key[max(0, first - 1) : first + length] *= 3
+        page_table[r, :hidden] = NO_BLOCK
+        if full > hidden:
+            numbers = torch.arange(hidden, full, device=device)
+            paged = (x[hidden * PAGE_TOKENS : full * PAGE_TOKENS].unflatten(0, (-1, PAGE_TOKENS)) for x in (key, value))
+            pages[page_table[r, hidden:full].long()] = reference.encode_pages(*paged, fmt, numbers == 0)
+        positions = torch.arange(max(first, context - capacity), context, device=device)
         at = ring_slots(ring_table[r].expand(len(positions), -1), positions, tokens_per_page, ring_pages)
         write_tokens(ring, fmt, *at, key[positions], value[positions])
         newest = max(0, context - (fmt.config.window or PAGE_TOKENS))
@@ -145,7 +154,7 @@ def make_case(
         ring_start=int32(ring_start),
         max_query_len=int(lengths.max()),
     )
-    return Case(step, Cache(pages, ring, ring_pages, fmt, Softmax(fmt.head_dim**-0.5)), query.to(dtype), key, value)
+    return Case(step, Cache(pages, ring, ring_pages, fmt, softmax), query.to(dtype), key, value)
 
 
 def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:

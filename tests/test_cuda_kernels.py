@@ -78,6 +78,57 @@ def test_windows(preset, window, dtype, group, longest):
     assert relative_error(case.attention(cuda), case.exact_attention()) < tolerances.CUDA[dtype]
 
 
+SLIDING_WINDOWS = [1, 127, 128, 129, 200, 1024, 4096]
+
+
+def windowed(sliding_window: int, longest: int) -> list[tuple[int, int]]:
+    """Histories shorter than the window, as long, and longer, the window beginning anywhere in a page."""
+    contexts = [0, sliding_window - 1, sliding_window, *(sliding_window + n for n in (1, 63, 127, 128, 300, 1500))]
+    return [(context, max(1, longest - i % 3)) for i, context in enumerate(contexts)]
+
+
+@pytest.mark.parametrize("head_dim", cuda.HEAD_DIMS)
+@pytest.mark.parametrize("preset", ("oscar", "oscar_4bit", "oscar_paper"))
+@pytest.mark.parametrize("sliding_window", SLIDING_WINDOWS)
+@pytest.mark.parametrize("dtype, group, longest", SHAPES)
+def test_sliding_windows(preset, head_dim, sliding_window, dtype, group, longest):
+    fmt, requests = PageFormat.preset(preset, head_dim), windowed(sliding_window, longest)
+    options = dict(dtype=dtype, group=group, seed=longest, sinks=longest == 4)
+    case = make_case(fmt, requests, sliding_window=sliding_window, **options)
+    out, expected = case.attention(cuda), case.exact_attention()
+    assert relative_error(out, expected) < tolerances.CUDA_WORST_OF_MANY[dtype]
+    assert (out.double() - expected).norm() / expected.norm() < tolerances.CUDA_RMS[dtype]
+
+
+@pytest.mark.parametrize("length", range(1, 17))
+def test_sliding_windows_of_every_query_length(length):
+    for group in (1, 3, 8, 16):
+        requests = [(context, length) for context in (0, 100, 199, 200, 330, 900)]
+        case = make_case(PageFormat.preset("oscar", 64), requests, group=group, sliding_window=200, seed=length)
+        assert relative_error(case.attention(cuda), case.exact_attention()) < tolerances.CUDA[torch.float16]
+
+
+@pytest.mark.parametrize("sliding_window", (None, 200, 1024))
+@pytest.mark.parametrize("head_dim", cuda.HEAD_DIMS)
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("dtype, group, longest", SHAPES[:4])
+def test_sinks_and_soft_cap(preset, head_dim, sliding_window, dtype, group, longest):
+    for soft_cap, sinks in ((None, True), (3.0, False), (50.0, True)):
+        options = dict(dtype=dtype, group=group, sliding_window=sliding_window, soft_cap=soft_cap, sinks=sinks)
+        case = make_case(PageFormat.preset(preset, head_dim), ragged(longest), **options)
+        out, expected = case.attention(cuda), case.exact_attention()
+        assert relative_error(out, expected) < tolerances.CUDA_WORST_OF_MANY[dtype]
+        assert (out.double() - expected).norm() / expected.norm() < tolerances.CUDA_RMS[dtype]
+
+
+@pytest.mark.parametrize("sliding_window", SLIDING_WINDOWS[:6])
+def test_long_queries_in_a_sliding_window(sliding_window):
+    requests = [(0, 300), (700, 1300), (129, 1), (5, 0), (256, 40)]
+    options = dict(dtype=torch.bfloat16, sliding_window=sliding_window, sinks=True)
+    case = make_case(PageFormat.preset("oscar", 128), requests, **options)
+    assert relative_error(case.attention(cuda), case.exact_attention()) < tolerances.CUDA[torch.bfloat16]
+
+
 @pytest.mark.parametrize("head_dim", cuda.HEAD_DIMS)
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -91,6 +91,38 @@ def test_windows(emulated, preset, dtype, window):
     assert relative_error(case.attention(emulated), case.exact_attention()) < (6e-3 if dtype == torch.float16 else 1e-2)
 
 
+@pytest.mark.parametrize("sliding_window", (1, 2, 127, 128, 129, 200, 600))
+@pytest.mark.parametrize(
+    "preset, head_dim, dtype, group",
+    [("oscar", 64, torch.bfloat16, 8), ("oscar_4bit", 128, torch.float16, 1), ("oscar_paper", 64, torch.float16, 5)],
+)
+def test_sliding_windows(emulated, preset, head_dim, dtype, group, sliding_window):
+    """Shorter and longer than ring and history, from a page's first token on and from its middle."""
+    contexts = (0, 40, sliding_window - 1, sliding_window + 127, sliding_window + 300)
+    requests = list(zip(contexts, (3, 1, 2, 16, 1)))
+    options = dict(dtype=dtype, group=group, kv_heads=1, sinks=group == 5, device="cpu")
+    case = make_case(PageFormat.preset(preset, head_dim), requests, sliding_window=sliding_window, **options)
+    assert relative_error(case.attention(emulated), case.exact_attention()) < tolerances.CUDA[dtype]
+
+
+@pytest.mark.parametrize("sliding_window", (None, 200))
+@pytest.mark.parametrize("preset, dtype", [("oscar", torch.bfloat16), ("oscar_paper", torch.float16)])
+def test_sinks_and_soft_cap(emulated, preset, dtype, sliding_window):
+    """Parts of the work that hold one result, and several; a request without history; queries of several launches."""
+    requests = [(0, 1), (700, 2), (300, 1), (20, 7)]
+    for soft_cap, sinks in ((None, True), (3.0, False), (3.0, True)):
+        options = dict(sliding_window=sliding_window, soft_cap=soft_cap, sinks=sinks, kv_heads=2, group=3)
+        case = make_case(PageFormat.preset(preset, 64), requests, dtype=dtype, device="cpu", **options)
+        assert relative_error(case.attention(emulated), case.exact_attention()) < tolerances.CUDA[dtype]
+
+
+def test_a_long_query_in_a_sliding_window(emulated, monkeypatch):
+    """Launches whose tokens see nothing of the history, and less and less of the step."""
+    monkeypatch.setattr(cuda, "_query_chunk", lambda requests, longest: 40)
+    case = make_case(PageFormat.preset("oscar", 64), [(300, 150), (0, 90)], kv_heads=1, sliding_window=60, device="cpu")
+    assert relative_error(case.attention(emulated), case.exact_attention()) < tolerances.CUDA[torch.float16]
+
+
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
 def test_a_ring_of_any_magnitude(emulated, dtype):
     """Queries and int8 tokens whose products overflow fp16, or vanish in it, without the scales."""

@@ -226,6 +226,7 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fdividef(float a, float b) { return a / b; }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 inline uint32_t __float_as_uint(float x) { return static_cast<uint32_t>(emulator::bits(x)); }
 inline float __uint_as_float(uint32_t x) { return emulator::value<float>(x); }

@@ -111,6 +111,9 @@ int attention(const OscarAttentionParams& params, const OscarLaunch& launch, cud
     uint8_t* workspace = static_cast<uint8_t*>(launch.workspace);
     DecodeParams p{params};
     p.launch = launch;
+    const OscarSoftmax& softmax = params.cache.softmax;
+    p.soft_cap = softmax.soft_cap > 0.f ? SoftCap{softmax.soft_cap * kLog2E, 2.f / softmax.soft_cap} : SoftCap{};
+    p.reach = softmax.sliding_window > 0 ? softmax.sliding_window : INT32_MAX;
     p.row_blocks = shape.row_blocks;
     p.slot_rows = shape.slot_rows;
     p.warps = shape.blocks * shape.warps;

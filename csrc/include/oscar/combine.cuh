@@ -134,6 +134,12 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
     add_lane_groups(sum, lanes);
   }
   if (lane >= lanes) return;
+  if (p.cache.softmax.sinks) {  // of the query head: a weight without a value
+    const float sink = p.cache.softmax.sinks[head * p.group + query_row % p.group];
+    const float2 max_sum[1] = {make_float2(sink * kLog2E, 1.f)};
+    const float4 part[1] = {make_float4(0.f, 0.f, 0.f, 0.f)};
+    sum.add(max_sum, part);
+  }
 
   const float inverse = 1.f / sum.weight;
   const int64_t token = request.begin + p.launch.first_token + query_row / p.group;

@@ -2,6 +2,8 @@
 // The persistent decode kernel: every warp works through its share of the batch.
 #pragma once
 
+#include <type_traits>
+
 #include "oscar/page_attention.cuh"
 #include "oscar/pipeline.cuh"
 #include "oscar/ring_attention.cuh"
@@ -54,13 +56,48 @@ OSCAR_DEVICE void fill_all(PageBuffer<Layout>& buffer, const Producer& next) {
   }
 }
 
+// The step's token whose query row the lane has in column `c` of tile `n`.
+template <int NTiles>
+OSCAR_DEVICE int token_of_row(const Cursor& now, const DecodeParams& p, int n, int c, int lane) {
+  return p.launch.first_token + (now.row_block * 8 * NTiles + 8 * n + 2 * (lane & 3) + c) / p.group;
+}
+
 // The pages of the segment at hand that this warp gets. The producer is at the first and its copy under way.
 template <class Layout, int NTiles>
-OSCAR_DEVICE void attend_pages(int ring_start, PageBuffer<Layout>& buffer, Producer& next,
+OSCAR_DEVICE void attend_pages(const Cursor& now, const DecodeParams& p, PageBuffer<Layout>& buffer, Producer& next,
                                const QueryRows<Layout::kTiles> (&query)[NTiles],
                                Accumulator<Layout::kTiles> (&acc)[NTiles], int lane) {
+  constexpr int kRowTiles = 2 * kBlocksAtOnce<Layout::kTiles, NTiles>;
   do {
-    const int page = next.page(), valid = ring_start - page * kPageTokens;
+    const Request& request = now.request;  // in shared memory: registers are scarce
+    const int page = request.first / kPageTokens + next.page(), start = page * kPageTokens;
+    const int begin = request.first - start, end = request.ring_start - start;
+    const bool cut = begin > 0 || end < kPageTokens;  // not all of the page is read
+    const bool unfinished = cut || request.seen_by_all > start || p.soft_cap.used();
+    const auto finish = [&](int token, int n, float(&score)[kRowTiles][4]) {
+      if (p.soft_cap.used()) {
+#pragma unroll
+        for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) score[r][j] = p.soft_cap(score[r][j]);
+        }
+      }
+      int first[2] = {};  // tokens that the rows of the lane's columns see
+      if (request.seen_by_all > start) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          first[c] = first_visible(p.cache.softmax, request.context + token_of_row<NTiles>(now, p, n, c, lane)) - start;
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int at = token + 16 * r + 8 * (j >> 1);
+          if (at < first[j & 1] || at >= end) score[r][j] = -INFINITY;
+        }
+      }
+    };
     const auto values_ready = [&] { buffer.wait_values(); };
     const auto keys_done = [&] {
       __syncwarp();
@@ -69,10 +106,10 @@ OSCAR_DEVICE void attend_pages(int ring_start, PageBuffer<Layout>& buffer, Produ
     };
     next.advance();
     buffer.wait_keys();
-    if (valid < kPageTokens) clear_value_params<Layout>(buffer.params(), valid, lane);
-    attend_page<Layout, NTiles>(buffer.codes(), buffer.params(), page == 0, valid, values_ready, keys_done, query, acc,
-                                lane);
-    if (valid < kPageTokens) fence_before_async_copy();
+    if (cut) clear_value_params<Layout>(buffer.params(), begin, end, lane);
+    attend_page<Layout, NTiles>(buffer.codes(), buffer.params(), page == 0, unfinished, finish, values_ready, keys_done,
+                                query, acc, lane);
+    if (cut) fence_before_async_copy();
     __syncwarp();
     if (next.kind() == Producer::kPage) {
       buffer.fill_values(next.source());
@@ -83,9 +120,22 @@ OSCAR_DEVICE void attend_pages(int ring_start, PageBuffer<Layout>& buffer, Produ
   } while (next.continues());
 }
 
-// Ring pages `unit` .. `end - 1` of the segment at `c`.
+// Tokens in 16 bit, in the model's dtype.
 template <class Layout, int NTiles>
-OSCAR_DEVICE void attend_ring(int unit, int end, const Cursor& c, const DecodeParams& p, float scale_log2,
+OSCAR_DEVICE void attend_16_bit(const Tokens& tokens, const Cursor& now, const DecodeParams& p, float scale_log2,
+                                const QueryRows<Layout::kTiles> (&query)[NTiles],
+                                Accumulator<Layout::kTiles> (&acc)[NTiles], int lane) {
+  const int first_row = now.row_block * 8 * NTiles + p.launch.first_token * p.group;  // of the step
+  const auto attend = [&](auto is_bf16) {
+    attend_tokens<decltype(is_bf16)::value>(tokens, query, first_row, p.group, p.reach, scale_log2, p.soft_cap, acc, lane);
+  };
+  if (p.dtype == OSCAR_BF16) attend(std::true_type());
+  else attend(std::false_type());
+}
+
+// Ring pages `unit` .. `end - 1` of the segment at `now`.
+template <class Layout, int NTiles>
+OSCAR_DEVICE void attend_ring(int unit, int end, const Cursor& now, const DecodeParams& p, float scale_log2,
                               PageBuffer<Layout>& buffer, Producer& next,
                               const QueryRows<Layout::kTiles> (&query)[NTiles],
                               Accumulator<Layout::kTiles> (&acc)[NTiles], int lane) {
@@ -93,20 +143,31 @@ OSCAR_DEVICE void attend_ring(int unit, int end, const Cursor& c, const DecodePa
   const int capacity = kTokens * p.cache.ring_pages;
   for (; unit < end; ++unit) {
     next.advance();
-    const Request request = c.request;
+    const Request request = now.request;
     const int index = request.ring_first + unit;
     const int slot = (index < p.cache.ring_pages ? index : index - p.cache.ring_pages) * kTokens;
     const int age_of_first = slot - request.ring_start % capacity;  // from the oldest token on, cyclic
+    const auto age = [&](int token) {
+      const int plain = age_of_first + token;
+      return plain < 0 ? plain + capacity : plain;
+    };
     const auto readable = [&](int token) {
-      const int age = age_of_first + token;
-      return token < kTokens && (age < 0 ? age + capacity : age) < request.context - request.ring_start;
+      return token < kTokens && age(token) < request.context - request.ring_start;
     };
     buffer.wait_values();
     if constexpr (Layout::kInt8Ring) {
 #pragma unroll 1
       for (int first = 0; first < kTokens; first += 16) {
         const uint32_t valid = __ballot_sync(kFullWarp, lane < 16 && readable(first + lane));
-        if (valid) attend_int8_tokens<Layout>(buffer.codes(), first, valid, query, acc, lane);
+        const auto finish = [&](int token, int n, int c, float score) {
+          if (p.soft_cap.used()) score = p.soft_cap(score);
+          if (request.seen_by_all > request.ring_start) {
+            const int position = request.ring_start - request.context + age(first + token);  // in the step
+            if (token_of_row<NTiles>(now, p, n, c, lane) - position >= p.reach) score = -INFINITY;
+          }
+          return score;
+        };
+        if (valid) attend_int8_tokens<Layout>(buffer.codes(), first, valid, finish, query, acc, lane);
       }
     } else {
       static_assert(Layout::kInt8Ring || kTokens <= 32, "all tokens of a 16-bit ring page at once");
@@ -114,37 +175,38 @@ OSCAR_DEVICE void attend_ring(int unit, int end, const Cursor& c, const DecodePa
       tokens.key = buffer.codes();
       tokens.value = buffer.codes() + Layout::kRingRowBytes;
       tokens.key_stride = tokens.value_stride = 2 * Layout::kRingRowBytes;
-      tokens.position = -kInFlightTokens;  // visible to every row
+      tokens.oldest = request.ring_start - request.context;
+      tokens.position = tokens.oldest + age_of_first;
+      tokens.turn = capacity;
       tokens.valid = __ballot_sync(kFullWarp, readable(lane));
-      if (p.dtype == OSCAR_BF16) attend_tokens<true>(tokens, query, 0, p.group, scale_log2, acc, lane);
-      else attend_tokens<false>(tokens, query, 0, p.group, scale_log2, acc, lane);
+      attend_16_bit<Layout>(tokens, now, p, scale_log2, query, acc, lane);
     }
     __syncwarp();
     fill_all(buffer, next);
   }
 }
 
-// Units `unit` .. `end - 1` of the in-flight tokens of the segment at `c`.
+// Units `unit` .. `end - 1` of the in-flight tokens of the segment at `now`.
 template <class Layout, int NTiles>
-OSCAR_DEVICE void attend_in_flight(int unit, int end, const Cursor& c, const DecodeParams& p, float scale_log2,
+OSCAR_DEVICE void attend_in_flight(int unit, int end, const Cursor& now, const DecodeParams& p, float scale_log2,
                                    PageBuffer<Layout>& buffer, Producer& next,
                                    const QueryRows<Layout::kTiles> (&query)[NTiles],
                                    Accumulator<Layout::kTiles> (&acc)[NTiles], int lane) {
-  const int first_row = c.row_block * 8 * NTiles + p.launch.first_token * p.group;  // of the step
   for (; unit < end; ++unit) {
     next.advance();
     fill_all(buffer, next);  // these tokens do not need the buffer
-    const Request request = c.request;
+    const Request request = now.request;
     Tokens tokens;
     tokens.position = (unit - request.ring) * kInFlightTokens;
     const int64_t token = request.begin + tokens.position;
-    tokens.key = token_address(p.key, token, c.head);
-    tokens.value = token_address(p.value, token, c.head);
+    tokens.key = token_address(p.key, token, now.head);
+    tokens.value = token_address(p.value, token, now.head);
     tokens.key_stride = p.key.token;
     tokens.value_stride = p.value.token;
+    tokens.oldest = 0;
+    tokens.turn = 0;
     tokens.valid = __ballot_sync(kFullWarp, tokens.position + lane < request.query_len);
-    if (p.dtype == OSCAR_BF16) attend_tokens<true>(tokens, query, first_row, p.group, scale_log2, acc, lane);
-    else attend_tokens<false>(tokens, query, first_row, p.group, scale_log2, acc, lane);
+    attend_16_bit<Layout>(tokens, now, p, scale_log2, query, acc, lane);
     __syncwarp();
   }
 }
@@ -178,7 +240,7 @@ __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kC
   PageBuffer<Layout> buffer(shared.page, shared.barriers, lane);
   Producer next(p, &shared.walk, share.count, kTiling, lane);
 
-  const float scale_log2 = p.cache.softmax.scale * 1.4426950408889634f;
+  const float scale_log2 = p.cache.softmax.scale * kLog2E;
   QueryRows<kTiles> query[NTiles];
   Accumulator<kTiles> acc[NTiles];
   const Cursor& now = shared.now;
@@ -209,7 +271,7 @@ __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kC
     if (pages) {
 #pragma unroll
       for (int n = 0; n < NTiles; ++n) query[n].rotate(p.dtype == OSCAR_BF16, scale_log2, lane);
-      attend_pages<Layout, NTiles>(now.request.ring_start, buffer, next, query, acc, lane);
+      attend_pages<Layout, NTiles>(now, p, buffer, next, query, acc, lane);
     } else {
       if (now.in_ring()) {
         if constexpr (Layout::kInt8Ring) {

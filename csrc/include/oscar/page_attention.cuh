@@ -70,17 +70,21 @@ OSCAR_DEVICE void add_first_value(const uint8_t* params, const uint32_t (&weight
   }
 }
 
-// Attend to the first `valid` tokens of a page. `codes` and `params`: the buffers of code
-// words and of everything else, both to be indexed by page offsets. `values_ready()` is
-// called before the value codes are read, `keys_done()` after the last use of key codes.
-template <class Layout, int NTiles, class ValuesReady, class KeysDone>
-OSCAR_DEVICE void attend_page(const uint8_t* codes, const uint8_t* params, bool first, int valid,
-                              const ValuesReady& values_ready, const KeysDone& keys_done,
+// Two 32-token blocks at a time give enough independent products to hide their latency.
+template <int Tiles, int NTiles>
+constexpr int kBlocksAtOnce = NTiles * Tiles <= 8 ? 2 : 1;
+
+// Attend to a page. `codes` and `params`: the buffers of code words and of everything else, both to be
+// indexed by page offsets. `finish(token, n, score)` is called if `unfinished`, with the scores of query
+// tile `n` and tokens `token + 16 * r` (score[r][0], [1]) and `token + 16 * r + 8` ([2], [3]). `values_ready()` is called before the value
+// codes are read, `keys_done()` after the last use of key codes.
+template <class Layout, int NTiles, class Finish, class ValuesReady, class KeysDone>
+OSCAR_DEVICE void attend_page(const uint8_t* codes, const uint8_t* params, bool first, bool unfinished,
+                              const Finish& finish, const ValuesReady& values_ready, const KeysDone& keys_done,
                               const QueryRows<Layout::kTiles> (&query)[NTiles],
                               Accumulator<Layout::kTiles> (&acc)[NTiles], int lane) {
   constexpr int kTiles = Layout::kTiles, kChunks = Layout::kChunks, kValueGroups = Layout::kValueGroups;
-  // Two 32-token blocks at a time give enough independent products to hide their latency.
-  constexpr int kBlocks = NTiles * kTiles <= 8 ? 2 : 1;
+  constexpr int kBlocks = kBlocksAtOnce<kTiles, NTiles>;
   const int g = lane >> 2, t = lane & 3;
   const bool one_group = Layout::kFirstToken && first;
 
@@ -170,16 +174,9 @@ OSCAR_DEVICE void attend_page(const uint8_t* codes, const uint8_t* params, bool 
         }
       }
     }
-    if (valid < kPageTokens) {
+    if (unfinished) {
 #pragma unroll
-      for (int r = 0; r < 2 * kBlocks; ++r) {
-        const int token = 32 * base + 16 * r + g;
-#pragma unroll
-        for (int n = 0; n < NTiles; ++n) {
-          if (token >= valid) score[n][r][0] = score[n][r][1] = -INFINITY;
-          if (token + 8 >= valid) score[n][r][2] = score[n][r][3] = -INFINITY;
-        }
-      }
+      for (int n = 0; n < NTiles; ++n) finish(32 * base + g, n, score[n]);
     }
 #pragma unroll
     for (int n = 0; n < NTiles; ++n) softmax_step(score[n], acc[n]);
@@ -239,16 +236,16 @@ OSCAR_DEVICE void attend_page(const uint8_t* codes, const uint8_t* params, bool 
   }
 }
 
-// Bytes of tokens that were never stored may be NaN, and 0 * NaN is NaN: clear the value
-// parameters of the tokens from `valid` on. Scores need no care, they are masked.
+// Bytes of tokens that were never stored may be NaN, and 0 * NaN is NaN: clear the value parameters
+// of the tokens before `begin` and from `end` on. Scores need no care, they are masked.
 template <class Layout>
-OSCAR_DEVICE void clear_value_params(uint8_t* params, int valid, int lane) {
+OSCAR_DEVICE void clear_value_params(uint8_t* params, int begin, int end, int lane) {
   constexpr int kGroups = Layout::kValueGroups;
   __half* scale = reinterpret_cast<__half*>(params + Layout::kValueScale);
   __half* zero = reinterpret_cast<__half*>(params + Layout::kValueZero);
   for (int i = lane; i < kPageTokens * kGroups; i += 32) {
     const int token = i / kGroups, group = i % kGroups;
-    if (token < valid) continue;
+    if (token >= begin && token < end) continue;
     const int tile = token / 16, b = (token / 8) & 1, t = (token / 2) & 3, half = token & 1;
     scale[((tile * 4 + t) * kGroups + group) * 4 + 2 * b + half] = __half(0.f);
     zero[((tile * kGroups + group) * 4 + t) * 4 + 2 * b + half] = __half(0.f);

@@ -14,8 +14,9 @@ namespace oscar {
 
 // Attend to tokens `first` .. `first + 15` of `page`, bit i of `valid` saying whether token first + i may be
 // read. What the others hold is arbitrary: any bytes are finite numbers, their scales count for nothing.
-template <class Layout, int NTiles>
-OSCAR_DEVICE void attend_int8_tokens(const uint8_t* page, int first, uint32_t valid,
+// `finish(token, n, c, score)`: the score of token first + `token` and column c of the lane in query tile n.
+template <class Layout, int NTiles, class Finish>
+OSCAR_DEVICE void attend_int8_tokens(const uint8_t* page, int first, uint32_t valid, const Finish& finish,
                                      const QueryRows<Layout::kTiles> (&query)[NTiles],
                                      Accumulator<Layout::kTiles> (&acc)[NTiles], int lane) {
   constexpr int kTiles = Layout::kTiles, kRow = Layout::kRingRowBytes;
@@ -64,9 +65,10 @@ OSCAR_DEVICE void attend_int8_tokens(const uint8_t* page, int first, uint32_t va
     float score[1][4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const bool visible = valid >> (8 * (j >> 1) + g) & 1u;
+      const int token = 8 * (j >> 1) + g;
       const float product = kChains == 1 ? part[n][0][j] : part[n][0][j] + part[n][kChains - 1][j];
-      score[0][j] = visible ? product * (key_scale[j >> 1] * query[n].factor[j & 1]) : -INFINITY;
+      const float finished = finish(token, n, j & 1, product * (key_scale[j >> 1] * query[n].factor[j & 1]));
+      score[0][j] = valid >> token & 1u ? finished : -INFINITY;
     }
     softmax_step(score, acc[n]);
     const uint32_t b0 = transpose_8x8(pack_half2(score[0][0], score[0][1]));

@@ -5,7 +5,7 @@
 // rows. Its units of work are, in order,
 //   ring      one ring page each, as far as it holds any tokens that are needed
 //   in-flight 32 of the step's own tokens each
-//   pages     128 quantized tokens each
+//   pages     128 quantized tokens each, from the first one on of which a token is visible
 // and all cost about the same. The units of all segments form one line, of which
 // every warp takes an equal, contiguous share, by its rank; so a segment is shared by
 // warps of neighbouring ranks, and a warp touches few segments. The result of a warp for one
@@ -20,6 +20,7 @@
 
 #include "oscar/launch.h"
 #include "oscar/ptx.cuh"
+#include "oscar/softmax.cuh"
 #include "oscar/step.h"
 
 namespace oscar {
@@ -29,6 +30,8 @@ constexpr int kInFlightTokens = 32;
 // What both kernels of attention are launched with.
 struct DecodeParams : OscarAttentionParams {
   OscarLaunch launch;
+  SoftCap soft_cap;
+  int reach;         // how many tokens each one sees, itself included: the sliding window, or more than there are
   int row_blocks;    // upper bound, from launch.query_tokens
   int slot_rows;     // rows that a slot holds
   int warps;         // of the grid
@@ -49,6 +52,8 @@ struct Tiling {
 
 // The per-request numbers that everything else derives from.
 struct Request : StepTokens {
+  int first;                           // position that the first token of the step sees
+  int seen_by_all;                     // positions from here on are visible to all tokens of the step
   int ring_start;
   int rows;                            // query rows of this launch
   int ring_first;                      // index of the ring page that holds the oldest token
@@ -56,7 +61,9 @@ struct Request : StepTokens {
 
   Request() = default;
   OSCAR_DEVICE Request(const DecodeParams& p, int request, const Tiling& tiling) : StepTokens(p.step, request) {
-    ring_start = oscar::ring_start(p.step, request, context);
+    first = first_visible(p.cache.softmax, context);
+    seen_by_all = first_visible(p.cache.softmax, context + query_len - 1);
+    ring_start = oscar::ring_start(p.step, p.cache.softmax, request, context);
     const int tokens = max(min(query_len - p.launch.first_token, p.launch.query_tokens), 0);
     rows = tokens * p.group;
     row_blocks = (rows + tiling.rows - 1) / tiling.rows;
@@ -69,7 +76,7 @@ struct Request : StepTokens {
       ring = (oldest % tiling.ring_tokens + held + tiling.ring_tokens - 1) / tiling.ring_tokens;
     }
     recent = ring + (p.launch.first_token + tokens + kInFlightTokens - 1) / kInFlightTokens;
-    units = recent + pages_before(ring_start);
+    units = recent + (ring_start > first ? pages_before(ring_start) - first / kPageTokens : 0);
   }
 };
 
@@ -124,7 +131,7 @@ constexpr unsigned kLeastShare = 5;  // to look for more work after smaller shar
 struct Walk {
   Cursor cursor;        // start of the run
   const uint8_t* base;  // of the pages or ring pages of the head
-  const int* table;     // row of the request; of the ring's, from its first page on
+  const int* table;     // row of the request, from the first page or ring page on that is read
   Shares shares;
   int rank;        // of this warp
   int first, end;  // on the line: the pages of the segment in which its share ends
@@ -156,7 +163,7 @@ class Producer {
   // Whether the current unit belongs to the same run as the one before.
   OSCAR_DEVICE bool continues() const { return continues_; }
 
-  // The page of the sequence that the current unit is.
+  // The page that the current unit is, counted from the first one that is read.
   OSCAR_DEVICE int page() const { return page_; }
 
   // The page or ring page of the current unit.
@@ -234,7 +241,7 @@ class Producer {
     const int32_t* row = page ? page_row(p_.step, c.index) : ring_row(p_.step, c.index);
     const uint8_t* base = page ? page_address(p_.cache, 0, c.head) : ring_page_address(p_.cache, 0, c.head);
     if (lane_ == 0) {
-      walk_->table = row + (page ? 0 : c.request.ring_first);
+      walk_->table = row + (page ? c.request.first / kPageTokens : c.request.ring_first);
       walk_->wrap = page ? INT32_MAX : p_.cache.ring_pages - c.request.ring_first;
       walk_->base = base;
     }

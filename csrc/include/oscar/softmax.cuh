@@ -1,11 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
-// Online softmax over transposed score fragments: rows are tokens, columns query rows.
+// Soft-cap and online softmax over transposed score fragments: rows are tokens, columns query rows.
 // A lane holds columns 2*t and 2*t + 1 of every fragment, in log2 units.
 #pragma once
 
 #include "oscar/ptx.cuh"
 
 namespace oscar {
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+// limit * tanh(score / limit), both in log2 units; exact to 1e-6 of the limit, which tanh.approx is not.
+struct SoftCap {
+  float limit;  // 0: none
+  float rate;   // 2 / the limit in natural units, so that exp2(score * rate) is exp(2 * score / limit)
+
+  OSCAR_DEVICE bool used() const { return limit > 0.f; }
+  OSCAR_DEVICE float operator()(float score) const {
+    return limit - __fdividef(2.f * limit, 1.f + exp2_approx(score * rate));
+  }
+};
 
 // Start value of the maximum: finite, so that masked scores (-inf) give weight 0.
 constexpr float kNoMaximum = -1e30f;

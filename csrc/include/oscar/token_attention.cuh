@@ -20,6 +20,7 @@ struct Tokens {
   int64_t key_stride, value_stride;  // bytes from token to token
   uint32_t valid;                    // bit i: token i may be read
   int position;                      // of token 0 in the step; negative: before the step
+  int oldest, turn;                  // of a ring: a position before `oldest` is meant `turn` tokens later
 };
 
 OSCAR_DEVICE uint4 load_token(const uint8_t* base, int64_t stride, uint32_t valid, int token, int offset) {
@@ -28,11 +29,11 @@ OSCAR_DEVICE uint4 load_token(const uint8_t* base, int64_t stride, uint32_t vali
   return v;
 }
 
-// Query row `first_row + column` is token `row / group` of the step and sees those up to itself.
+// Query row `first_row + column` is token `row / group` of the step and sees `reach` tokens up to itself.
 template <bool Bf16, int Tiles, int NTiles>
-OSCAR_DEVICE void attend_tokens(const Tokens& tokens, const QueryRows<Tiles> (&query)[NTiles],
-                                int first_row, int group, float scale_log2, Accumulator<Tiles> (&acc)[NTiles],
-                                int lane) {
+OSCAR_DEVICE void attend_tokens(const Tokens& tokens, const QueryRows<Tiles> (&query)[NTiles], int first_row, int group,
+                                int reach, float scale_log2, const SoftCap& soft_cap,
+                                Accumulator<Tiles> (&acc)[NTiles], int lane) {
   const auto mma = [](float(&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     if constexpr (Bf16) mma_bf16(d, a0, a1, a2, a3, b0, b1);
     else mma_f16(d, a0, a1, a2, a3, b0, b1);
@@ -67,8 +68,12 @@ OSCAR_DEVICE void attend_tokens(const Tokens& tokens, const QueryRows<Tiles> (&q
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int token = 8 * (j >> 1) + g;
-        const bool visible = (valid >> token & 1) && tokens.position + first + token <= limit[j & 1];
-        p[j] = visible ? p[j] * scale_log2 : -INFINITY;
+        int position = tokens.position + first + token;
+        if (position < tokens.oldest) position += tokens.turn;
+        const int distance = limit[j & 1] - position;
+        p[j] *= scale_log2;
+        if (soft_cap.used()) p[j] = soft_cap(p[j]);
+        if (!(valid >> token & 1) || distance < 0 || distance >= reach) p[j] = -INFINITY;
       }
       softmax_step(score[n], acc[n]);
       weight[n][0] = transpose_8x8(Bf16 ? pack_bfloat162(p[0], p[1]) : pack_half2(p[0], p[1]));
