@@ -4,7 +4,7 @@
 The model runs chunk by chunk, as vLLM's scheduler cut the request. Its attention keeps
 exact keys and values of its own, sends every full block through the reference codec and
 reads: blocks before ``ring_start`` from the codec, later tokens as the ring has them, those
-of the chunk exactly. There are no
+of the chunk exactly. Sliding windows, soft-caps and sinks are what the model passes on. There are no
 pages, tables, rings or batches, so nothing of vLLM's plumbing is repeated here.
 """
 
@@ -76,7 +76,9 @@ class Replay:
             return max(self.hit, self.context - self.fmt.config.window, 0)
         return self.context - self.context % BLOCK
 
-    def _attention(self, module, query, key, value, attention_mask, scaling, **kwargs):
+    def _attention(
+        self, module, query, key, value, mask, scaling, sliding_window=None, softcap=None, s_aux=None, **kwargs
+    ):
         state, start = self.layers[module.layer_idx], self._ring_start()
         key, value = key[0].transpose(0, 1), value[0].transpose(0, 1)  # [tokens, heads, dim]
         assert state["key"].shape[0] == self.context
@@ -87,10 +89,20 @@ class Replay:
         assert keys.shape[0] == state["key"].shape[0]
         out = torch.empty_like(query[0])
         hidden = torch.ones(query.shape[2], keys.shape[0], dtype=torch.bool).triu(self.context + 1)
+        if sliding_window is not None:  # a token sees that many, itself included
+            hidden |= torch.ones_like(hidden).tril(self.context - sliding_window)
         for head in range(query.shape[1]):
             source = head * key.shape[1] // query.shape[1]
             logits = query[0, head] @ keys[:, source].T * scaling
-            out[head] = logits.masked_fill(hidden, -torch.inf).softmax(-1) @ values[:, source]
+            if softcap is not None:
+                logits = torch.tanh(logits / softcap) * softcap
+            logits = logits.masked_fill(hidden, -torch.inf)
+            if s_aux is None:
+                weights = logits.softmax(-1)
+            else:  # one more weight, without a value
+                sink = s_aux[head].expand(len(logits), 1)
+                weights = torch.cat([logits, sink], -1).softmax(-1)[:, :-1]
+            out[head] = weights @ values[:, source]
         for name in ("key", "value"):
             new = state[name][self.context :]
             new *= 1 + self.noise * torch.randn(new.shape, generator=self.generator)

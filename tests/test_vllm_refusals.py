@@ -96,20 +96,6 @@ MLA = {
     "qk_rope_head_dim": 64,
     "v_head_dim": 64,
 }
-GEMMA2 = {
-    "architectures": ["Gemma2ForCausalLM"],
-    "model_type": "gemma2",
-    "attn_logit_softcapping": 50.0,
-    "sliding_window": None,
-    "layer_types": ["full_attention", "full_attention"],
-}
-GPT_OSS = {
-    "architectures": ["GptOssForCausalLM"],
-    "model_type": "gpt_oss",
-    "layer_types": ["full_attention", "full_attention"],
-    "sliding_window": None,
-    "num_local_experts": 2,
-}
 BLOOM = {"architectures": ["BloomForCausalLM"], "model_type": "bloom", "n_layer": 2, "n_head": 2}
 FALCON = {"architectures": ["FalconForCausalLM"], "model_type": "falcon", "alibi": True, "head_dim": ...}
 WHISPER = {
@@ -132,34 +118,77 @@ MAMBA = {
     "time_step_rank": 8,
 }
 MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 1024}
+LLAMA4 = {
+    "architectures": ["Llama4ForCausalLM"],
+    "model_type": "llama4_text",
+    "intermediate_size_mlp": 256,
+    "layer_types": ["chunked_attention", "full_attention"],
+    "attention_chunk_size": 1024,
+}
 GEMMA3 = {
     "architectures": ["Gemma3ForCausalLM"],
     "model_type": "gemma3_text",
     "sliding_window": 512,
     "layer_types": ["sliding_attention", "full_attention"],
 }
+GEMMA2 = GEMMA3 | {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "attn_logit_softcapping": 50.0}
+GPT_OSS = GEMMA3 | {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "num_local_experts": 2}
+GEMMA3N = GEMMA3 | {
+    "architectures": ["Gemma3nForCausalLM"],
+    "model_type": "gemma3n_text",
+    "num_kv_shared_layers": 1,
+    "vocab_size_per_layer_input": 128,
+    "hidden_size_per_layer_input": 16,
+}
+# Windows that vLLM ignores: all layers of these keep every token.
+QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "use_sliding_window": True,
+    "sliding_window": 1024,
+    "max_window_layers": 1,
+    "layer_types": ["full_attention", "sliding_attention"],
+}
+QWEN3 = QWEN2 | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
 
 
 @pytest.mark.parametrize(
     "config, what",
     [
         pytest.param(MLA, "multi-head latent attention (MLA)", id="mla"),
-        pytest.param(GEMMA2, "logit soft-capping", id="soft-cap"),
-        pytest.param(GPT_OSS, "attention sinks", id="sinks"),
         pytest.param(BLOOM, "ALiBi", id="bloom"),
         pytest.param(FALCON, "ALiBi", id="falcon"),
         pytest.param(WHISPER, "encoder-decoder models", id="encoder-decoder"),
         pytest.param(BERT, "encoder or pooling models", id="encoder"),
         pytest.param(MAMBA, "state-space or linear-attention layers", id="mamba"),
-        pytest.param(MISTRAL, "sliding-window attention", id="sliding-window"),
-        pytest.param(GEMMA3, "sliding-window attention", id="some-sliding-window"),
-        pytest.param({"num_kv_shared_layers": 1}, "layers that share a KV cache", id="shared-cache"),
+        pytest.param(MISTRAL, "models whose layers all have a sliding window (1024 tokens)", id="windows-alone"),
+        pytest.param(LLAMA4, "chunked local attention", id="chunked-local"),
+        pytest.param(GEMMA3N, "layers that share a KV cache", id="shared-cache"),
         pytest.param({"head_dim": 72}, "head size 72 (supported: 64, 80, 96, 112, 128, 192, 256)", id="head-72"),
         pytest.param({"head_dim": 512}, "head size 512", id="head-512"),
     ],
 )
 def test_models(refusal, config, what):
     assert_sentence(refusal(config), what, OTHER_MODEL)
+
+
+@pytest.mark.parametrize("config", [GEMMA3, GEMMA2, GPT_OSS, QWEN2, QWEN3], ids=lambda config: config["model_type"])
+def test_windows_beside_full_layers_are_accepted(refusal, config):
+    assert refusal.create(config).model_config.hf_text_config.sliding_window is not None
+
+
+def test_windows_alone_can_be_served_as_far_as_they_reach(refusal):
+    assert "--disable-sliding-window" in refusal(MISTRAL)
+    assert refusal.create(MISTRAL, disable_sliding_window=True).model_config.max_model_len == 1024
+
+
+def test_multimodal_prefixes(refusal):
+    """At the level of the check: vLLM imports torchvision for such models, which not every machine has."""
+    config = refusal.create()
+    config.model_config.is_mm_prefix_lm = True
+    with pytest.raises(UnsupportedByOscar) as caught:
+        checks.check_config(config)
+    assert_sentence(str(caught.value), "bidirectional multimodal prefixes", "--language-model-only")
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256])
@@ -366,11 +395,9 @@ def selection_refusal(config, capability=None) -> str:
     "change, what, remedy",
     [
         ({"use_mla": True}, "multi-head latent attention (MLA)", OTHER_MODEL),
-        ({"has_sink": True}, "attention sinks", OTHER_MODEL),
         ({"use_sparse": True}, "sparse attention", OTHER_MODEL),
-        ({"use_mm_prefix": True}, "bidirectional multimodal prefixes", OTHER_MODEL),
+        ({"use_mm_prefix": True}, "bidirectional multimodal prefixes", "--language-model-only"),
         ({"use_per_head_quant_scales": True}, "a checkpoint with KV scales per head", OTHER_MODEL),
-        ({"has_sliding_window": True}, "sliding-window attention", OTHER_MODEL),
         ({"use_non_causal": True}, "non-causal attention", OTHER_MODEL),
         ({"use_batch_invariant": True}, "batch-invariant mode", "unset VLLM_BATCH_INVARIANT"),
         ({"use_kv_connector": True}, "KV connectors", "remove --kv-transfer-config"),
@@ -392,8 +419,10 @@ def test_a_layer_that_is_not_plain_attention(plain, change, what, remedy):
 
 def test_every_flag_of_a_selection_is_refused(plain):
     """Flags of a vLLM to come, too: whatever a backend must declare, ours does not."""
-    flags = [name for name, value in plain._asdict().items() if value is False]
+    supported = {"has_sink", "has_sliding_window"}
+    flags = [name for name, value in plain._asdict().items() if value is False and name not in supported]
     assert len(flags) > 8
+    checks.check_selection(plain._replace(**dict.fromkeys(supported, True)))
     for flag in flags:
         assert_sentence(selection_refusal(plain._replace(**{flag: True})), "", " ")
 
@@ -411,6 +440,9 @@ def test_every_reason_of_vllm_has_our_words():
         "non-MLA not supported",
         "non-sparse not supported",
         "non-causal MLA attention with DCP not supported",
+        # Supported.
+        "attention sinks not supported",
+        "sliding window not supported",
     }
     assert len(reasons) > 12
     assert reasons - never == set(checks._REASONS)
@@ -437,11 +469,8 @@ def test_what_a_gpu_must_be_able_to_do(plain, monkeypatch):
     "arguments, what",
     [
         ({"alibi_slopes": [0.5, 0.25]}, "ALiBi"),
-        ({"sliding_window": 128}, "a sliding window"),
-        ({"logits_soft_cap": 30.0}, "logit soft-capping"),
         ({"attn_type": "encoder_only"}, "encoder_only attention"),
         ({"kv_sharing_target_layer_name": "layers.0"}, "layers that share a KV cache"),
-        ({"sinks": torch.zeros(2)}, "attention sinks"),
     ],
 )
 def test_an_impl_with_an_unsupported_argument(arguments, what):

@@ -18,6 +18,10 @@ logger = logging.getLogger("vllm.oscar")
 
 
 _HEAD_DIMS = ", ".join(map(str, SUPPORTED_HEAD_DIMS))
+_PREFIX_LM = (
+    "bidirectional multimodal prefixes",
+    f"serve text alone with --language-model-only, or {OTHER_MODEL}",
+)
 
 
 def _refuse(dtype: str, what: str, remedy: str) -> None:
@@ -49,6 +53,7 @@ def check_config(vllm_config) -> None:
     _check_speculation(vllm_config.speculative_config, dtype)
     if vllm_config.model_config is not None:
         _check_model(vllm_config.model_config, dtype)
+        _check_windows(cache, dtype)
         _check_as_a_layer_will(vllm_config)
     _warn(vllm_config, dtype)
 
@@ -114,26 +119,33 @@ def _check_speculation(speculative, dtype: str) -> None:
         )
 
 
+def _check_windows(cache, dtype: str) -> None:
+    """Refuse models of windows alone; beside full layers windows are served."""
+    if cache.sliding_window is not None:  # vLLM's word that all layers have it
+        _refuse(
+            dtype,
+            f"models whose layers all have a sliding window ({cache.sliding_window} tokens)",
+            f"serve contexts of that length with --disable-sliding-window, or {OTHER_MODEL}",
+        )
+
+
 def _check_model(model, dtype: str) -> None:
     text = model.hf_text_config
     layer_types = set(getattr(text, "layer_types", None) or ())
-    window = model.get_sliding_window()
     refusals = (
         ("multi-head latent attention (MLA)", model.use_mla),
         ("encoder-decoder models", model.is_encoder_decoder),
         ("encoder or pooling models", model.runner_type == "pooling"),
         ("models with state-space or linear-attention layers", model.is_hybrid or model.is_attention_free),
-        ("sliding-window attention", window is not None or "sliding_attention" in layer_types),
         ("chunked local attention", "chunked_attention" in layer_types),
-        ("logit soft-capping", bool(getattr(text, "attn_logit_softcapping", None))),
         ("ALiBi", bool(getattr(text, "alibi", False)) or model.hf_config.model_type in ("bloom", "mpt")),
-        ("attention sinks", model.hf_config.model_type == "gpt_oss"),
         ("layers that share a KV cache", bool(getattr(text, "num_kv_shared_layers", 0))),
-        ("bidirectional multimodal prefixes", model.is_mm_prefix_lm),
     )
     for what, present in refusals:
         if present:
             _refuse(dtype, what, OTHER_MODEL)
+    if model.is_mm_prefix_lm:
+        _refuse(dtype, *_PREFIX_LM)
     if model.enable_sleep_mode:
         _refuse(dtype, "sleep mode, which would lose what the kernels keep on the GPU", "remove --enable-sleep-mode")
     head_dim = model.get_head_size()
@@ -149,16 +161,14 @@ _REASONS = {
     "head_size not supported": ("head size {head_size} (supported: " + _HEAD_DIMS + ")", OTHER_MODEL),
     "dtype not supported": ("the model dtype {dtype}", "use --dtype bfloat16 or --kv-cache-dtype auto"),
     "block_size not supported": ("--block-size {block_size}", f"use --block-size {PAGE_TOKENS}"),
-    "partial multimodal token full attention not supported": ("bidirectional multimodal prefixes", OTHER_MODEL),
+    "partial multimodal token full attention not supported": _PREFIX_LM,
     "MLA not supported": ("multi-head latent attention (MLA)", OTHER_MODEL),
-    "attention sinks not supported": ("attention sinks", OTHER_MODEL),
     "sparse not supported": ("sparse attention", OTHER_MODEL),
     "per-head quant scales not supported": ("a checkpoint with KV scales per head", OTHER_MODEL),
     "compute capability not supported": (
         "this GPU",
         "use an NVIDIA GPU of compute capability 8.0 or newer, or --kv-cache-dtype auto",
     ),
-    "sliding window not supported": ("sliding-window attention", OTHER_MODEL),
     "R-SWA not supported": ("sliding windows beside a prompt that stays visible (R-SWA)", OTHER_MODEL),
     "non-causal attention not supported": ("non-causal attention", OTHER_MODEL),
     "batch invariance not supported": (

@@ -71,15 +71,14 @@ class OscarImpl(AttentionImpl[OscarMetadata]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
         **kwargs,
     ) -> None:
+        """What vLLM gives every impl; ``sinks``: ``[num_heads]`` of the model's weights, loaded later."""
         unsupported = {
             "ALiBi": alibi_slopes is not None,
-            "a sliding window": sliding_window is not None,
-            "logit soft-capping": bool(logits_soft_cap),
             f"{attn_type} attention": attn_type != AttentionType.DECODER,
             "layers that share a KV cache": kv_sharing_target_layer_name is not None,
-            "attention sinks": kwargs.get("sinks") is not None,
         }
         found = [what for what, present in unsupported.items() if present]
         if found:
@@ -87,6 +86,9 @@ class OscarImpl(AttentionImpl[OscarMetadata]):
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
+        self.sliding_window = sliding_window
+        self.soft_cap = logits_soft_cap or None  # some models say 0 for none
+        self.sinks, self._loaded_sinks = sinks, None
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         vllm_config = get_current_vllm_config()
@@ -109,6 +111,16 @@ class OscarImpl(AttentionImpl[OscarMetadata]):
             device=torch.device(device_type, index),
         )
 
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Convert the sinks; in place when weights are loaded again, since graphs keep their address."""
+        if self.sinks is None:
+            return
+        loaded = self.sinks.detach().to(torch.float32, copy=True).contiguous()
+        if self._loaded_sinks is None:
+            self._loaded_sinks = loaded
+        else:
+            self._loaded_sinks.copy_(loaded)
+
     def forward(
         self,
         layer: torch.nn.Module,
@@ -127,7 +139,7 @@ class OscarImpl(AttentionImpl[OscarMetadata]):
         """
         if attn_metadata is None:  # memory profiling
             return output.fill_(0)
-        step = attn_metadata.step(self._tail_metadata(), self._plan)
+        step = attn_metadata.step(self._tail_metadata(), self.sliding_window, self._plan)
         cache = self._cache(kv_cache)
         tokens = attn_metadata.num_actual_tokens
         query, key, value, out = query[:tokens], key[:tokens], value[:tokens], output[:tokens]
@@ -142,14 +154,16 @@ class OscarImpl(AttentionImpl[OscarMetadata]):
         if plan is None:
             return step
         starts, lengths = host.query_start_loc.tolist(), host.seq_lens.tolist()
-        return plan(step, self.fmt, self.limits, starts, lengths, host.decode_query_len)
+        return plan(step, self.fmt, self.limits, starts, lengths, host.decode_query_len, self.sliding_window)
 
     def _cache(self, kv_cache: torch.Tensor) -> Cache:
         """The layer's cache; made again when vLLM has bound other memory."""
         ring = self.tail.kv_cache
         if self._bound is None or self._bound[0] is not kv_cache or self._bound[1] is not ring:
-            pages, softmax = _blocks("pages", kv_cache), Softmax(self.scale)
-            cache = Cache(pages, _blocks("ring", ring), self.tail.pages, self.fmt, softmax)
+            if self._loaded_sinks is None:
+                self.process_weights_after_loading(self.limits.dtype)
+            softmax = Softmax(self.scale, self.sliding_window, self.soft_cap, self._loaded_sinks)
+            cache = Cache(_blocks("pages", kv_cache), _blocks("ring", ring), self.tail.pages, self.fmt, softmax)
             self._bound = kv_cache, ring, cache
         return self._bound[2]
 

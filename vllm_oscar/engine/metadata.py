@@ -8,6 +8,7 @@ of a step joins them into the :class:`~vllm_oscar.ops.step.Step` that all layers
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
 
 import torch
 from vllm.v1.attention.backend import (
@@ -56,11 +57,15 @@ class OscarMetadata(AttentionMetadata):
     seq_lens: torch.Tensor
     page_table: torch.Tensor
     host: HostLengths
-    _steps: dict[int, tuple[OscarTailMetadata, Step]] = field(default_factory=dict, repr=False)
+    _steps: dict[tuple[int, int | None], tuple[OscarTailMetadata, Step]] = field(default_factory=dict, repr=False)
 
-    def step(self, tail: OscarTailMetadata, plan) -> Step:
-        """The step of the layers whose ring group is ``tail``; made once, and planned by ``plan(step, host)``."""
-        found = self._steps.get(id(tail))
+    def step(self, tail: OscarTailMetadata, sliding_window: int | None, plan) -> Step:
+        """The step of the layers whose ring group is ``tail`` and who see ``sliding_window`` tokens.
+
+        Made once, and planned by ``plan(step, host)``.
+        """
+        key = id(tail), sliding_window
+        found = self._steps.get(key)
         if found is None:
             requests = self.seq_lens.shape[0]
             step = Step(
@@ -72,7 +77,7 @@ class OscarMetadata(AttentionMetadata):
                 max_query_len=self.max_query_len,
                 tables_settled=True,
             )
-            found = self._steps[id(tail)] = tail, plan(step, self.host)
+            found = self._steps[key] = tail, plan(step, self.host)
         return found[1]
 
 
@@ -122,8 +127,23 @@ class OscarMetadataBuilder(AttentionMetadataBuilder[OscarMetadata]):
         )
 
 
+class _Newest(NamedTuple):
+    """A ``ring_start``, who computed it, and the tensors that it came from."""
+
+    builder: OscarTailMetadataBuilder
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    ring_start: torch.Tensor
+
+
 class OscarTailMetadataBuilder(AttentionMetadataBuilder[OscarTailMetadata]):
-    """Builds the metadata of the ring group."""
+    """Builds the metadata of a ring group.
+
+    A model with sliding windows has several (Gemma-3-27B: seven), whose tables differ, but
+    not ``ring_start``. The first one of a step computes it for all.
+    """
+
+    _newest: ClassVar[_Newest | None] = None
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -142,12 +162,23 @@ class OscarTailMetadataBuilder(AttentionMetadataBuilder[OscarTailMetadata]):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> OscarTailMetadata:
         common = common_attn_metadata
-        table, requests = common.block_table_tensor, common.seq_lens.shape[0]
-        starts = common.query_start_loc
+        newest = OscarTailMetadataBuilder._newest
+        # A builder comes again only in another step, for which vLLM may have changed the same tensors.
+        if (
+            newest is None
+            or newest.builder is self
+            or newest.query_start_loc is not common.query_start_loc
+            or newest.seq_lens is not common.seq_lens
+        ):
+            newest = _Newest(self, common.query_start_loc, common.seq_lens, self._compute_ring_start(common))
+            OscarTailMetadataBuilder._newest = newest
+        return OscarTailMetadata(ring_table=common.block_table_tensor, ring_start=newest.ring_start)
+
+    def _compute_ring_start(self, common: CommonAttentionMetadata) -> torch.Tensor:
+        """``[R]``, in memory of this builder."""
+        table, starts, requests = common.block_table_tensor, common.query_start_loc, common.seq_lens.shape[0]
         context = common.seq_lens - (starts[1:] - starts[:-1])
         hit_tokens = table[:requests, self.kv_cache_spec.pages] * PAGE_TOKENS
         if requests > self._ring_start.shape[0]:
             raise RuntimeError(f"a step of {requests} requests, but only {self._ring_start.shape[0]} were announced")
-        start = self._ring_start[:requests]
-        start.copy_(ring_start(context, hit_tokens, self._window))
-        return OscarTailMetadata(ring_table=table, ring_start=start)
+        return self._ring_start[:requests].copy_(ring_start(context, hit_tokens, self._window))

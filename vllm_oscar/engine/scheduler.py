@@ -23,9 +23,18 @@ from vllm_oscar.core.config import PAGE_TOKENS
 
 @dataclass(frozen=True, kw_only=True)
 class OscarTailSpec(CircularBufferSpec):
-    """KV-cache spec of the ring: ``pages`` blocks a request, whatever its length."""
+    """KV-cache spec of the ring: ``pages`` blocks a request, whatever its length.
+
+    Attributes:
+        pages: blocks of a request's ring.
+        sliding_window: of the layer whose ring it is. It changes nothing about the ring. But
+            vLLM groups layers by their spec, and if rings differ as the layers' pages do,
+            the layers of a group of pages are those of a group of rings, which makes one
+            :class:`~vllm_oscar.ops.step.Step` for each, and no group more.
+    """
 
     pages: int
+    sliding_window: int | None = None
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         return self.pages * self.page_size_bytes

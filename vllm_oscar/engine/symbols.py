@@ -64,6 +64,7 @@ ALWAYS = (
             "kv_cache_dtype",
             "layer_name",
             "num_kv_heads",
+            "sliding_window",
         ),
     ),
     Symbol("model_executor.layers.attention.attention", "Attention.get_kv_cache_spec", ("self", "vllm_config")),
@@ -103,6 +104,7 @@ ALWAYS = (
             "kv_cache_dtype_skip_layers",
             "kv_offloading_size",
             "prefix_match_unit",
+            "sliding_window",
             "user_specified_block_size",
         ),
     ),
@@ -113,7 +115,6 @@ ALWAYS = (
         Symbol("config.model", f"ModelConfig.{name}")
         for name in (
             "get_head_size",
-            "get_sliding_window",
             "is_attention_free",
             "is_encoder_decoder",
             "is_hybrid",
@@ -192,6 +193,8 @@ ALWAYS = (
             "supports_compute_capability",
             "supports_device_cpu_query_lens_mismatch",
             "supports_kv_connector",
+            "supports_sink",
+            "supports_sliding_window",
         )
     ),
     Symbol(
@@ -218,6 +221,7 @@ ALWAYS = (
         ("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
     ),
     Symbol("v1.attention.backend", "AttentionImpl.__init__", ("self", "num_heads", "head_size", "scale")),
+    Symbol("v1.attention.backend", "AttentionImplBase.process_weights_after_loading", ("self", "act_dtype")),
     Symbol(
         "v1.attention.backend",
         "CommonAttentionMetadata",

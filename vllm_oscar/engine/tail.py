@@ -27,6 +27,7 @@ class OscarTail(nn.Module, AttentionLayerBase):
         self.prefix = attention.layer_name + ".oscar_tail"
         self.num_kv_heads = attention.num_kv_heads
         self.head_size = attention.head_size
+        self.sliding_window = attention.sliding_window
         self.fmt = attention.impl.fmt
         self.pages = self.fmt.ring_pages(attention.dtype.itemsize, vllm_config.num_speculative_tokens)
         self.kv_cache = torch.tensor([])
@@ -48,6 +49,7 @@ class OscarTail(nn.Module, AttentionLayerBase):
             dtype=torch.uint8,
             state_content_bytes=self.fmt.bytes_per_token,
             pages=self.pages,
+            sliding_window=self.sliding_window,
             **extra,
         )
 
