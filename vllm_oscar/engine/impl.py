@@ -109,6 +109,7 @@ class OscarImpl(AttentionImpl[OscarMetadata]):
             kv_heads=self.num_kv_heads,
             dtype=vllm_config.model_config.dtype,
             device=torch.device(device_type, index),
+            sliding_window=self.sliding_window,
         )
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -154,7 +155,7 @@ class OscarImpl(AttentionImpl[OscarMetadata]):
         if plan is None:
             return step
         starts, lengths = host.query_start_loc.tolist(), host.seq_lens.tolist()
-        return plan(step, self.fmt, self.limits, starts, lengths, host.decode_query_len, self.sliding_window)
+        return plan(step, self.fmt, self.limits, starts, lengths, host.decode_query_len)
 
     def _cache(self, kv_cache: torch.Tensor) -> Cache:
         """The layer's cache; made again when vLLM has bound other memory."""

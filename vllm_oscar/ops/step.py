@@ -111,6 +111,7 @@ class Limits:
         decode_query_len: tokens of a request that counts as a decode, drafts included.
         query_heads, kv_heads: of one rank.
         dtype, device: of the model.
+        sliding_window: of the layer; None: it has none.
     """
 
     requests: int
@@ -120,6 +121,7 @@ class Limits:
     kv_heads: int
     dtype: torch.dtype
     device: torch.device
+    sliding_window: int | None = None
 
 
 @dataclass(frozen=True)
