@@ -55,7 +55,9 @@ def gpt_oss(folder: Path) -> Path:
     model = GptOssForCausalLM(GptOssConfig(**COMMON | shape | layers))
     for layer in model.model.layers:  # large enough to take a good part of the weights
         torch.nn.init.normal_(layer.self_attn.sinks, mean=4.0)
-    model.lm_head.weight.data.copy_(model.model.embed_tokens.weight)  # as in Gemma: it says tokens again
+    # As Gemma does, tie and scale embeddings, so that it says tokens again and n-gram drafts are accepted.
+    model.lm_head.weight.data.copy_(model.model.embed_tokens.weight)
+    model.model.embed_tokens.weight.data *= 20
     return _save(folder, model)
 
 
