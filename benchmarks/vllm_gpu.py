@@ -2,12 +2,14 @@
 """vLLM end to end on a GPU: is it right, how fast is a decode step, how much is served.
 
     python benchmarks/vllm_gpu.py check
+    python benchmarks/vllm_gpu.py offload --json benchmarks/results/vllm-offload-h100.json
     python benchmarks/vllm_gpu.py speed --json benchmarks/results/vllm-h200.json
     python benchmarks/vllm_gpu.py prefix --json benchmarks/results/vllm-prefix-h100.json
 
 ``check`` uses the demo model: with the lossless codec, logprobs are those of ``auto``, within bf16 rounding;
 with INT2, the facts of its recall prompts come back: eager, with full and piecewise
 CUDA graphs, under both model runners, with n-gram speculation and, on request, on several GPUs.
+``offload`` fills the cache on the GPU with NaN, so that prefixes come back from host memory, and compares.
 ``speed`` uses a model of Qwen3-8B's shape with dummy weights (speed and memory are
 real, text means nothing). Each engine runs in a process of its own; ``check`` can run several
 at a time (``--jobs``), ``speed`` can run all in its own process, one after the other (``--one-process``).
@@ -91,6 +93,45 @@ def job_check(llm) -> dict:
     return {"rounds": rounds, "recalled": right, "facts": len(FACTS)}
 
 
+def _forget_the_device(llm) -> None:
+    """Fill the whole cache on the GPU with NaN and forget what it held, once all copies to the host have ended."""
+    import torch
+
+    for _ in range(3):  # steps in which copies are started and seen to have ended
+        _logprobs(llm, [{"prompt_token_ids": [0, 5, 6]}], 4)
+        torch.cuda.synchronize()
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+    caches = [layer.kv_cache for layer in layers if isinstance(getattr(layer, "kv_cache", None), torch.Tensor)]
+    storages = {cache.untyped_storage().data_ptr(): cache.untyped_storage() for cache in caches}
+    for storage in storages.values():
+        torch.tensor([], dtype=torch.uint8, device=caches[0].device).set_(storage).fill_(0xFF)
+    torch.cuda.synchronize()
+    llm.reset_prefix_cache()
+
+
+def job_offload(llm) -> dict:
+    """Greedy continuations in three rounds; with offloading, the GPU's cache is NaN before the second and third."""
+    from vllm.v1.metrics.reader import Counter
+
+    from vllm_oscar.tools.recall import long_prompt
+
+    ids = llm.get_tokenizer()(long_prompt(380), add_special_tokens=False).input_ids
+    prompts = [{"prompt_token_ids": [0, *ids[: n - 1]]} for n in (5, 127, 128, 129, 256, 384, 640, 2000, 2048)]
+    # Others that share nothing, so that blocks change hands while they are copied.
+    prompts += [{"prompt_token_ids": [0, *ids[37 * n : 37 * n + 250 + 50 * n]]} for n in range(1, 9)]
+    offloads = llm.llm_engine.vllm_config.kv_transfer_config is not None
+    rounds, seconds = [], []
+    for number in range(3):
+        if number and offloads:
+            _forget_the_device(llm)
+        start = time.perf_counter()
+        rounds.append(_logprobs(llm, prompts, 24))
+        seconds.append(time.perf_counter() - start)
+    counters = {m.name: m.value for m in llm.get_metrics() if isinstance(m, Counter)}
+    hits = {name: counters.get(f"vllm:{name}", 0) for name in ("external_prefix_cache_hits", "num_preemptions")}
+    return {"rounds": rounds, "seconds": seconds, **hits}
+
+
 def job_speed(llm, context: int, prefill: int, length: int, requests: int, output: int) -> dict:
     """One request's prefill and decode step, then a batch of requests that do not all fit."""
     import torch
@@ -137,7 +178,7 @@ def job_prefix(llm, shared: int, own: int, requests: int) -> dict:
     return {"step_s": sorted(times[1:])[2], "all_s": times}
 
 
-JOBS = {"check": job_check, "speed": job_speed, "prefix": job_prefix}
+JOBS = {"check": job_check, "offload": job_offload, "speed": job_speed, "prefix": job_prefix}
 
 
 def run_job(spec: dict) -> None:
@@ -155,7 +196,7 @@ def run_job(spec: dict) -> None:
 
 def settings(environment: dict | None) -> dict[str, str]:
     """Environment of an engine: this one, without what an earlier engine or a shell may have chosen."""
-    chosen = ("VLLM_OSCAR_CODEC", "VLLM_USE_V2_MODEL_RUNNER")
+    chosen = ("VLLM_OSCAR_CODEC", "VLLM_USE_V2_MODEL_RUNNER", "VLLM_USE_SIMPLE_KV_OFFLOAD")
     kept = {name: value for name, value in os.environ.items() if name not in chosen}
     return {**kept, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(environment or {})}  # a process is the engine's own
 
@@ -302,6 +343,61 @@ def check(
     if json_file:
         write_json(json_file, record)
     if not all(result and result["recalled"] == result["facts"] for result in results.values()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def offload(
+    model: Annotated[Path, typer.Option()] = ROOT / "examples" / "demo_model",
+    host: Annotated[float, typer.Option(help="GiB of host memory that each engine may take.")] = 1,
+    limit: Annotated[float, typer.Option(help="Largest logprob difference that passes, in bf16.")] = 0.1,
+    timeout: Annotated[float, typer.Option(help="Seconds per engine.")] = 150,
+    jobs: Annotated[int, typer.Option(help="Engines that run at a time.")] = 1,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where the record goes.")] = None,
+) -> None:
+    """Prefixes that come back from host memory: as ``auto`` with the lossless codec, else as those that stayed."""
+    common = dict(model=str(model), max_model_len=4096, kv_cache_memory_bytes=1 << 30, max_num_seqs=16,
+                  gpu_memory_utilization=0.2, disable_log_stats=False)  # fmt: skip
+    oscar, host_memory = dict(kv_cache_dtype="oscar"), dict(kv_offloading_size=host)
+    lossless, simple = {"VLLM_OSCAR_CODEC": "lossless"}, {"VLLM_USE_SIMPLE_KV_OFFLOAD": "1"}
+    few = dict(num_gpu_blocks_override=80)  # blocks change hands
+    runs = {
+        "auto": dict(enable_prefix_caching=False, enforce_eager=True),
+        "oscar, stays on the GPU": dict(oscar, enforce_eager=True),
+        "lossless": dict(oscar, **host_memory, environment=lossless, enforce_eager=True),
+        "lossless, few blocks": dict(oscar, **host_memory, **few, environment=lossless, enforce_eager=True),
+        "lossless, simple": dict(oscar, **host_memory, environment=lossless | simple, enforce_eager=True),
+        "oscar": dict(oscar, **host_memory, enforce_eager=True),
+        "oscar, graphs": dict(oscar, **host_memory),
+        "oscar, V1 runner": dict(oscar, **host_memory, environment={"VLLM_USE_V2_MODEL_RUNNER": "0"}),
+        "oscar, simple": dict(oscar, **host_memory, environment=simple, enforce_eager=True),
+    }
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(engine, "offload", {}, timeout, **common, **options) for options in runs.values()]
+        results = {name: future.result() for name, future in zip(runs, futures)}
+    table = Table("run", "compared with", "worst logprob difference", "from the host", "preemptions", "rounds, s")
+    record, failed = {**stamp(), "host_gib": host, "limit": limit, "runs": {}}, False
+    for name, result in results.items():
+        base = "auto" if name.startswith(("auto", "lossless")) else "oscar, stays on the GPU"
+        passed = bool(result and results[base])
+        if passed:
+            difference = worst_difference(results[base], result)
+            hits = result["external_prefix_cache_hits"]
+            passed = difference <= limit and (hits > 0) == ("kv_offloading_size" in runs[name])
+            table.add_row(
+                name, base, f"{difference:.4f}", f"{hits:,.0f}", f"{result['num_preemptions']:.0f}",
+                ", ".join(f"{s:.2f}" for s in result["seconds"]),
+            )  # fmt: skip
+            kept = {key: value for key, value in result.items() if key != "rounds"}
+            record["runs"][name] = {**kept, "compared_with": base, "worst_logprob_difference": difference}
+        else:
+            table.add_row(name, base, "failed", "", "", "")
+            record["runs"][name] = {"failed": True}
+        failed |= not passed
+    console.print(table)
+    if json_file:
+        write_json(json_file, record)
+    if failed:
         raise typer.Exit(1)
 
 

@@ -69,7 +69,8 @@ def test_an_engine_serves_without_them():
 
 
 def test_each_parameter_field_and_attribute_in_turn():
-    for symbol in symbols.needed(lambda symbol: symbols.problem(symbol) is None):
+    needed = symbols.needed(lambda symbol: symbols.problem(symbol) is None)
+    for symbol in (*needed, *symbols.OFFLOADING):
         assert symbols.problem(symbol) is None
         for part in (*symbol.names, *symbol.sets):
             with vanish.without(symbol, part):
@@ -92,7 +93,7 @@ def test_a_patch_that_fails_all_the_same(monkeypatch):
 # ---- the table against our code ------------------------------------------------------
 ENGINE = sorted(Path(vllm_oscar.engine.__file__).parent.glob("*.py"))
 SELECT = REPO / "vllm_oscar" / "ops" / "select.py"
-TABLE = (*symbols.ALWAYS, *symbols.NEW_DTYPE, *symbols.OLD_DTYPE)
+TABLE = (*symbols.ALWAYS, *symbols.OFFLOADING, *symbols.NEW_DTYPE, *symbols.OLD_DTYPE)
 
 
 def imported(tree: ast.Module):
@@ -152,6 +153,7 @@ SHORT_NAMES = {  # of variables, in that file
         "other": "Attention",
         "parallel": "ParallelConfig",
         "speculative": "SpeculativeConfig",
+        "transfer": "KVTransferConfig",
     },
     "tail.py": {"attention": "Attention"},
 }

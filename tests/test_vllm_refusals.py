@@ -197,6 +197,7 @@ def test_head_sizes_that_are_supported(refusal, head_dim):
 
 
 OFFLOADING = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
+NO_CONNECTOR = "use --kv-offloading-size with --kv-offloading-backend native, or remove --kv-transfer-config"
 EAGLE = {"method": "eagle", "num_speculative_tokens": 2}
 
 
@@ -207,8 +208,21 @@ EAGLE = {"method": "eagle", "num_speculative_tokens": 2}
         pytest.param(
             {"kv_cache_dtype_skip_layers": ["0"]}, "--kv-cache-dtype-skip-layers", "remove the option", id="skip-layers"
         ),
-        pytest.param({"kv_transfer_config": OFFLOADING}, "KV connectors", "--kv-transfer-config", id="connector"),
-        pytest.param({"kv_offloading_size": 1.0}, "offloading", "--kv-offloading-size", id="offloading"),
+        pytest.param(
+            {"kv_transfer_config": OFFLOADING | {"kv_connector_extra_config": {"spec_name": "TieringOffloadingSpec"}}},
+            "KV-cache offloading with spec_name 'TieringOffloadingSpec'",
+            "remove spec_name from the kv_connector_extra_config",
+            id="tiers",
+        ),
+        pytest.param(
+            {"kv_offloading_size": 1.0, "kv_offloading_backend": "lmcache"}, "LMCache", NO_CONNECTOR, id="lmcache"
+        ),
+        pytest.param(
+            {"kv_transfer_config": OFFLOADING | {"kv_connector": "DecodeBenchConnector"}},
+            "the KV connector DecodeBenchConnector",
+            NO_CONNECTOR,
+            id="connector",
+        ),
         pytest.param(
             {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
             "--decode-context-parallel-size 2",
@@ -223,6 +237,43 @@ EAGLE = {"method": "eagle", "num_speculative_tokens": 2}
 def test_options(refusal, args, what, remedy):
     config = {"num_key_value_heads": 1} if "decode_context_parallel_size" in args else {}
     assert_sentence(refusal(config, **args), what, remedy)
+
+
+@pytest.mark.parametrize(
+    "connector, extra, what, remedy",
+    [
+        ("LMCacheConnectorV1", {}, "LMCache, which knows one kind of block", NO_CONNECTOR),
+        ("LMCacheMPConnector", {}, "LMCache, which knows one kind of block", NO_CONNECTOR),
+        ("NixlConnector", {}, "NIXL, which would send rings as if they were pages", NO_CONNECTOR),
+        ("MultiConnector", {}, "the KV connector MultiConnector", NO_CONNECTOR),
+        ("OffloadingConnector", {"canonical_layout": True}, "with canonical_layout True", "remove canonical_layout"),
+        ("SimpleCPUOffloadConnector", {"kv_offload_backend": "disk"}, "kv_offload_backend 'disk'", "remove kv_offload"),
+    ],
+)
+def test_connectors(connector, extra, what, remedy):
+    """At the level of the check: vLLM wants the packages of some before it gets there."""
+    transfer = SimpleNamespace(kv_connector=connector, kv_connector_extra_config=extra)
+    with pytest.raises(UnsupportedByOscar) as caught:
+        checks._check_offloading(SimpleNamespace(kv_offloading_size=None), transfer, "oscar")
+    assert_sentence(str(caught.value), what, remedy)
+
+
+def test_offloading_to_the_host_is_accepted(refusal, monkeypatch):
+    assert refusal.create(kv_offloading_size=1.0).kv_transfer_config.kv_connector == "OffloadingConnector"
+    assert refusal.create(kv_transfer_config=OFFLOADING | {"kv_connector": "SimpleCPUOffloadConnector"})
+
+
+def test_offloading_with_another_vllm(refusal):
+    """Only offloading is refused if what it needs is missing."""
+    import vanish
+
+    from vllm_oscar.engine import symbols
+
+    connector = next(s for s in symbols.OFFLOADING if s.name.endswith("get_num_new_matched_tokens"))
+    with vanish.without(connector, "max_num_new_tokens"):
+        assert refusal.create()
+        what = "KV-cache offloading with this vLLM: vllm.distributed"
+        assert_sentence(refusal(kv_offloading_size=1.0), what, "VLLM_USE_SIMPLE_KV_OFFLOAD=1")
 
 
 @pytest.mark.parametrize("method", ["draft_model", "eagle", "mtp", "suffix", "medusa"])
@@ -400,7 +451,6 @@ def selection_refusal(config, capability=None) -> str:
         ({"use_per_head_quant_scales": True}, "a checkpoint with KV scales per head", OTHER_MODEL),
         ({"use_non_causal": True}, "non-causal attention", OTHER_MODEL),
         ({"use_batch_invariant": True}, "batch-invariant mode", "unset VLLM_BATCH_INVARIANT"),
-        ({"use_kv_connector": True}, "KV connectors", "remove --kv-transfer-config"),
         ({"use_pcp": True}, "prefill context parallelism", "remove --prefill-context-parallel-size"),
         ({"use_dcp": True}, "decode context parallelism", "remove --decode-context-parallel-size"),
         ({"use_adaptive_verification": True}, "adaptive verification", "remove --speculative-config"),
@@ -419,7 +469,7 @@ def test_a_layer_that_is_not_plain_attention(plain, change, what, remedy):
 
 def test_every_flag_of_a_selection_is_refused(plain):
     """Flags of a vLLM to come, too: whatever a backend must declare, ours does not."""
-    supported = {"has_sink", "has_sliding_window"}
+    supported = {"has_sink", "has_sliding_window", "use_kv_connector"}  # check_config refuses connectors by name
     flags = [name for name, value in plain._asdict().items() if value is False and name not in supported]
     assert len(flags) > 8
     checks.check_selection(plain._replace(**dict.fromkeys(supported, True)))
@@ -434,7 +484,8 @@ def test_every_reason_of_vllm_has_our_words():
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
     said = [call.args[0] for call in calls if call.func.attr == "append"]
     reasons = {reason.value for reason in said if isinstance(reason, ast.Constant)}
-    # Said only of other dtypes, of backends for MLA or sparse attention alone, and after "MLA not supported".
+    # Said only of other dtypes, of backends for MLA or sparse attention alone, after "MLA not supported", and of
+    # backends that cannot do what ours can.
     never = {
         "kv_cache_dtype not supported",
         "non-MLA not supported",
@@ -443,6 +494,7 @@ def test_every_reason_of_vllm_has_our_words():
         # Supported.
         "attention sinks not supported",
         "sliding window not supported",
+        "KV connector not supported",
     }
     assert len(reasons) > 12
     assert reasons - never == set(checks._REASONS)

@@ -10,6 +10,7 @@ Requests and answers are lines of JSON.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -32,7 +33,7 @@ BASE_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 # Set by a test or not at all.
-SWITCHES = ("VLLM_OSCAR_CODEC", "VLLM_OSCAR_KERNELS", "VLLM_CPU_KVCACHE_SPACE")
+SWITCHES = ("VLLM_OSCAR_CODEC", "VLLM_OSCAR_KERNELS", "VLLM_CPU_KVCACHE_SPACE", "VLLM_USE_SIMPLE_KV_OFFLOAD")
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -86,6 +87,10 @@ class EngineHost:
     def log_text(self) -> str:
         return Path(self.log.name).read_text(errors="replace")
 
+    def install(self, module: str) -> None:
+        """Import a module of this folder in the process and call its ``install()``."""
+        self._call("install", module=module)
+
     def start(self, kv_cache_dtype: str = "auto", env: dict[str, str] | None = None, **engine_args) -> dict:
         """Replace the running engine. Returns its block count and reported capacity."""
         args = {
@@ -126,7 +131,7 @@ class EngineHost:
         self._call("make_nan", token=token)
 
     def state(self) -> dict:
-        """Free blocks, running requests, and counters since the engine started."""
+        """Free blocks, running requests, tokens that offloading has room for, and counters since the engine started."""
         return self._call("state")
 
     def stop(self) -> None:
@@ -164,6 +169,9 @@ class _Engine:
         self.llm = None
         self.count = 0
         self.scheduled: dict[str, list[list[int]]] = {}
+
+    def install(self, module: str) -> None:
+        importlib.import_module(module).install()
 
     def start(self, args: dict, env: dict[str, str]) -> dict:
         self.stop()
@@ -275,7 +283,15 @@ class _Engine:
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),
             "counters": counters,
+            "host_tokens": self._host_tokens(),
         }
+
+    def _host_tokens(self) -> int:
+        """Tokens that fit into host memory, if vLLM's ``OffloadingConnector`` is used."""
+        offloader = getattr(self.core.scheduler.connector, "connector_scheduler", None)
+        if offloader is None:
+            return 0
+        return offloader.manager._num_chunks * offloader.config.kv_group_configs[0].tokens_per_chunk
 
     def stop(self) -> None:
         if self.llm is None:

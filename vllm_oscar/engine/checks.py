@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import logging
 
+from vllm import envs as vllm_envs
+
 from vllm_oscar.core import envs
 from vllm_oscar.core.config import PAGE_TOKENS, PRESETS, SUPPORTED_HEAD_DIMS, NormScope
 from vllm_oscar.core.layers import uneven_layers
+from vllm_oscar.engine import symbols
 from vllm_oscar.engine.refusal import OTHER_MODEL, UnsupportedByOscar
 
 logger = logging.getLogger("vllm.oscar")
@@ -39,10 +42,7 @@ def check_config(vllm_config) -> None:
     cache.block_size = PAGE_TOKENS
     if cache.kv_cache_dtype_skip_layers:
         _refuse(dtype, "--kv-cache-dtype-skip-layers (every page would grow to 16-bit size)", "remove the option")
-    if cache.kv_offloading_size is not None:
-        _refuse(dtype, "KV-cache offloading", "remove --kv-offloading-size")
-    if vllm_config.kv_transfer_config is not None:
-        _refuse(dtype, "KV connectors", "remove --kv-transfer-config")
+    _check_offloading(cache, vllm_config.kv_transfer_config, dtype)
     if cache.prefix_match_unit not in (None, PAGE_TOKENS):
         _refuse(dtype, "prefix hits inside a page", "remove --prefix-match-unit")
     device = vllm_config.device_config.device_type
@@ -99,6 +99,48 @@ def _warn(vllm_config, dtype: str) -> None:
             ", ".join(sorted(chosen)),
             dtype,
         )
+
+
+# Why these KV connectors cannot be used; their names begin with the key.
+_OTHER_CONNECTORS = {
+    "LMCache": "LMCache, which knows one kind of block where OScaR has pages and rings",
+    "Nixl": "NIXL, which would send rings as if they were pages",
+}
+
+
+def _check_offloading(cache, transfer, dtype: str) -> None:
+    """Offloading to host memory moves whole pages and leaves rings alone; no other KV connector does.
+
+    ``transfer``: vLLM's ``KVTransferConfig`` or None, before vLLM enters into it what ``--kv-offloading-size`` means.
+    """
+    name, extra = (transfer.kv_connector, transfer.kv_connector_extra_config) if transfer else (None, {})
+    if cache.kv_offloading_size is not None:
+        simple = getattr(vllm_envs, "VLLM_USE_SIMPLE_KV_OFFLOAD", False)
+        native = "SimpleCPUOffloadConnector" if simple else "OffloadingConnector"
+        name = native if cache.kv_offloading_backend == "native" else "LMCacheMPConnector"
+    if name is None:
+        return
+    if name not in ("OffloadingConnector", "SimpleCPUOffloadConnector"):
+        what = next((what for start, what in _OTHER_CONNECTORS.items() if name.startswith(start)), None)
+        _refuse(
+            dtype,
+            what or f"the KV connector {name}",
+            "use --kv-offloading-size with --kv-offloading-backend native, or remove --kv-transfer-config",
+        )
+    unusual = {
+        "spec_name": extra.get("spec_name", "CPUOffloadingSpec") != "CPUOffloadingSpec",
+        "canonical_layout": bool(extra.get("canonical_layout")),
+        "kv_offload_backend": extra.get("kv_offload_backend", "cpu") != "cpu",
+    }
+    for key in (key for key, found in unusual.items() if found):
+        _refuse(
+            dtype,
+            f"KV-cache offloading with {key} {extra[key]!r}",
+            f"remove {key} from the kv_connector_extra_config of --kv-transfer-config",
+        )
+    lacking = symbols.missing(symbols.OFFLOADING)
+    if lacking and name == "OffloadingConnector":
+        _refuse(dtype, f"KV-cache offloading with this vLLM: {lacking}", "set VLLM_USE_SIMPLE_KV_OFFLOAD=1")
 
 
 def _check_parallelism(parallel, dtype: str) -> None:
@@ -175,7 +217,6 @@ _REASONS = {
         "batch-invariant mode",
         "unset VLLM_BATCH_INVARIANT or use --kv-cache-dtype auto",
     ),
-    "KV connector not supported": ("KV connectors", "remove --kv-transfer-config"),
     "PCP not supported": ("prefill context parallelism", "remove --prefill-context-parallel-size"),
     "DCP not supported": ("decode context parallelism", "remove --decode-context-parallel-size"),
     "device-cpu query lens mismatch not supported, this is needed for adaptive verification": (

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 
 from vllm_oscar.core import envs
-from vllm_oscar.core.config import PRESETS
+from vllm_oscar.core.config import PAGE_TOKENS, PRESETS
 from vllm_oscar.engine import symbols
 from vllm_oscar.engine.refusal import UnsupportedByOscar
 
@@ -80,6 +80,7 @@ def apply() -> None:
         patch_backend_selection()
         patch_config_check()
         patch_attention_layer()
+        patch_offloading()
     except Exception as error:  # whatever a changed vLLM raises
         raise _incompatible(f"{type(error).__name__}: {error}") from error
 
@@ -272,3 +273,49 @@ def patch_attention_layer() -> None:
 
     _wrap_once(Attention, "__init__", wrap_init)
     _wrap_once(Attention, "get_kv_cache_spec", wrap_spec)
+
+
+def patch_offloading() -> None:
+    """Tell KV offloading of the rings: how much it may load, and which copies must not be overtaken."""
+    if symbols.missing(symbols.OFFLOADING):
+        return  # checks.py refuses it then
+    from vllm.distributed.kv_transfer.kv_connector.utils import yield_req_data
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import OffloadingConnectorScheduler
+
+    from vllm_oscar.engine.scheduler import OscarTailSpec
+
+    def wrap_init(original):
+        def __init__(self, spec, vllm_config, kv_cache_config):
+            original(self, spec, vllm_config, kv_cache_config)
+            specs = enumerate(group.kv_cache_spec for group in kv_cache_config.kv_cache_groups)
+            self._oscar_rings = {group: spec.pages for group, spec in specs if isinstance(spec, OscarTailSpec)}
+
+        return __init__
+
+    # If all of a prompt were loaded, its last token would be computed again, for the logits, and so would the page
+    # that it completes: from a ring that holds nothing of that page. So the page of the last token is never loaded.
+    def wrap_match(original):
+        def get_num_new_matched_tokens(self, request, num_computed_tokens, max_num_new_tokens=None):
+            if self._oscar_rings:
+                most = max((request.num_tokens - 1) // PAGE_TOKENS * PAGE_TOKENS - num_computed_tokens, 0)
+                if most and self._sliding_window_groups:
+                    most += 1  # the connector itself leaves out a token
+                max_num_new_tokens = most if max_num_new_tokens is None else min(most, max_num_new_tokens)
+            return original(self, request, num_computed_tokens, max_num_new_tokens)
+
+        return get_num_new_matched_tokens
+
+    # A page may still wait to be copied to the host when its block has been freed. The connector hurries such copies
+    # if the block is given to somebody else, but looks only at groups that it stores, not at rings.
+    def wrap_states(original):
+        def _update_req_states(self, scheduler_output):
+            for _, groups, _ in yield_req_data(scheduler_output) if self._oscar_rings else ():
+                for group, pages in self._oscar_rings.items():
+                    self._current_batch_allocated_block_ids.update(groups[group][:pages] if groups else ())
+            original(self, scheduler_output)
+
+        return _update_req_states
+
+    _wrap_once(OffloadingConnectorScheduler, "__init__", wrap_init)
+    _wrap_once(OffloadingConnectorScheduler, "get_num_new_matched_tokens", wrap_match)
+    _wrap_once(OffloadingConnectorScheduler, "_update_req_states", wrap_states)

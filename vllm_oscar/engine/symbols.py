@@ -102,6 +102,7 @@ ALWAYS = (
             "block_size",
             "cache_dtype",
             "kv_cache_dtype_skip_layers",
+            "kv_offloading_backend",
             "kv_offloading_size",
             "prefix_match_unit",
             "sliding_window",
@@ -110,6 +111,7 @@ ALWAYS = (
     ),
     Symbol("config.compilation", "CompilationConfig", ("max_cudagraph_capture_size", "static_forward_context")),
     Symbol("config.device", "DeviceConfig", ("device_type",)),
+    Symbol("config.kv_transfer", "KVTransferConfig", ("kv_connector", "kv_connector_extra_config")),
     Symbol("config.model", "ModelConfig", ("dtype", "enable_sleep_mode", "hf_config", "hf_text_config")),
     *(
         Symbol("config.model", f"ModelConfig.{name}")
@@ -245,6 +247,24 @@ ALWAYS = (
     Symbol("forward_context", "ForwardContext", ("attn_metadata",)),
 )
 
+# What KV offloading needs besides; without it, only that is refused.
+_OFFLOADER = "distributed.kv_transfer.kv_connector.v1.offloading.scheduler"
+OFFLOADING = (
+    Symbol(
+        _OFFLOADER,
+        "OffloadingConnectorScheduler.__init__",
+        ("self", "spec", "vllm_config", "kv_cache_config"),
+        sets=("_current_batch_allocated_block_ids", "_sliding_window_groups"),
+    ),
+    Symbol(
+        _OFFLOADER,
+        "OffloadingConnectorScheduler.get_num_new_matched_tokens",
+        ("self", "request", "num_computed_tokens", "max_num_new_tokens"),
+    ),
+    Symbol(_OFFLOADER, "OffloadingConnectorScheduler._update_req_states", ("self", "scheduler_output")),
+    Symbol("distributed.kv_transfer.kv_connector.utils", "yield_req_data", ("scheduler_output",)),
+)
+
 # What ops/dense_prefill.py calls on GPUs. It looks for itself, and does without: prefill is slower then.
 DENSE_PREFILL = (
     Symbol("v1.attention.backends.fa_utils", "get_flash_attn_version", ("requires_alibi", "head_size")),
@@ -330,9 +350,12 @@ def needed(module_has) -> Iterator[Symbol]:
     yield from NEW_DTYPE if all(map(module_has, NEW_DTYPE)) else OLD_DTYPE
 
 
-def missing() -> str | None:
-    """The first thing that the running vLLM lacks, as the end of a sentence; None if it lacks nothing."""
-    for symbol in needed(lambda symbol: problem(symbol) is None):
+def missing(table: tuple[Symbol, ...] | None = None) -> str | None:
+    """The first thing that the running vLLM lacks, as the end of a sentence; None if it lacks nothing.
+
+    ``table``: such as ``OFFLOADING``; what all of the plugin needs unless given.
+    """
+    for symbol in needed(lambda symbol: problem(symbol) is None) if table is None else table:
         found = problem(symbol)
         if found:
             return found
