@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's numbers are those of the records, its commands and links lead somewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from math import expm1
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+from vllm_oscar.core.config import PRESETS
+from vllm_oscar.core.format import PageFormat
+from vllm_oscar.tools.plan import ModelShape, plan
+
+REPO = Path(__file__).resolve().parent.parent
+README = (REPO / "README.md").read_text()
+RESULTS = REPO / "benchmarks" / "results"
+sys.path.insert(0, str(REPO / "benchmarks"))
+import picture  # noqa: E402
+
+QWEN3_8B = ModelShape(layers=36, kv_heads=8, head_dim=128, itemsize=2)
+
+
+def rows() -> dict[str, list[str]]:
+    """The table of presets: cells by preset, ``fp8`` and ``int4`` among them."""
+    table = README[README.index("## Presets") : README.index("**Loss**")]
+    cells = [[cell.strip(" *`") for cell in line.split("|")[1:-1]] for line in table.splitlines() if "| " in line]
+    found = {row[0].split("`")[-1].split(" ")[0]: row[1:] for row in cells[1:]}
+    return found
+
+
+def test_every_preset_has_a_row_with_its_bytes():
+    table = rows()
+    assert set(table) == set(PRESETS) | {"fp8", "int4"}
+    for name in PRESETS:
+        size = PageFormat.preset(name, 128).bytes_per_token
+        assert table[name][1] == str(size) == str(picture.BYTES[name])
+        assert table[name][2] == f"{512 / size:.1f}"
+
+
+def test_loss_is_that_of_the_records():
+    kl = picture.divergence("smollm2-135m", 8192)
+    records = [json.loads(line) for line in (RESULTS / "fidelity" / "records.jsonl").read_text().splitlines()]
+    for name, cells in rows().items():
+        assert cells[3] == f"{kl[name]:.4f}", name
+        (values,) = [
+            record["values"]
+            for record in records
+            if (record["model"], record["method"], record["measure"]) == ("smollm2-135m", name, "text")
+            and record["settings"]["length"] == 8192
+        ]
+        # The perplexity over all documents, against that with exact attention on the same.
+        extra = mean(value["loss"] - value["exact_loss"] for value in values)
+        assert float(cells[4].removesuffix(" %")) == pytest.approx(100 * expm1(extra), abs=0.06), name
+
+
+def test_speed_is_that_of_the_records():
+    records = json.loads((RESULTS / "kernels-h100.json").read_text())
+    case = [r for r in records if (r.get("model"), r.get("batch"), r.get("context")) == ("qwen3-8b", 64, 8192)]
+    for name in PRESETS:
+        (ratio,) = [r["ratio_to_best_bf16"] for r in case if r.get("preset") == name]
+        assert rows()[name][5] == f"{ratio:.1f}"
+
+
+def test_what_a_user_gains_is_that_of_the_records():
+    text = " ".join(README.split())
+    served = picture.served()
+    ours, bf16, fp8 = (served[dtype] for dtype in ("oscar", "auto", "fp8"))
+    step, prefill = ([f"{record[field]:.{digits}f}" for record in (ours, bf16, fp8)]
+                     for field, digits in (("step_ms", 1), ("prefill_s", 2)))  # fmt: skip
+    assert f"128k took {step[0]} ms, with bf16 {step[1]}, with fp8 {step[2]}" in text
+    assert f"32k took {prefill[0]} s, with bf16 {prefill[1]}, with fp8 {prefill[2]}" in text
+    faster = [ours["output_tokens_per_s"] / record["output_tokens_per_s"] for record in (bf16, fp8)]
+    assert f"{faster[0]:.2f} and {faster[1]:.2f} times the output tokens/s" in text
+    capacity = {row.name: row.tokens for row in plan(QWEN3_8B, 24 << 30, 32768)}
+    gains = [f"{capacity['oscar'] / capacity[rival]:.1f} times" for rival in ("auto", "fp8")]
+    assert f"{gains[0]} the tokens of bf16 and {gains[1]} those of fp8" in text
+    assert f"auto: {capacity['auto']:,} tokens, oscar: {capacity['oscar']:,}" in text
+    for context, ratio in ((2048, "4.1"), (8192, "5.2")):
+        rows = {row.name: row.tokens for row in plan(QWEN3_8B, 24 << 30, context)}
+        assert f"{rows['oscar'] / rows['auto']:.1f}" == ratio and f"{ratio} times" in text
+
+
+def test_the_picture_can_be_drawn_again(tmp_path):
+    picture.main(tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 20_000
+
+
+@pytest.mark.parametrize(
+    "file", ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in (REPO / "docs").glob("*.md"))]
+)
+def test_links_lead_to_files(file):
+    text = (REPO / file).read_text()
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+    missing = [link for link in links if not ((REPO / file).parent / link).exists()]
+    assert not missing
+
+
+def test_the_readme_has_no_laboratory_prose():
+    assert not re.search(r"\bcommit\b|\b[0-9a-f]{7}\b|\b20\d\d-\d\d-\d\d\b", README)
+    assert README.count("<!-- support:begin -->") == README.count("<!-- support:end -->") == 1
+
+
+def test_contributing_is_short():
+    assert len((REPO / "CONTRIBUTING.md").read_text().splitlines()) <= 15
