@@ -65,7 +65,7 @@ serve: env
 # Small enough for a quarter of an hour on two cores, and the report beside it.
 bench: env
 	@test -e $(CHAT_MODEL)/config.json || $(BIN)/python examples/fetch_smollm2.py $(CHAT_MODEL)
-	$(BIN)/vllm-oscar bench run $(CHAT_MODEL) --kv-cache-dtype auto,oscar --scale 1/32 --concurrency 1,4,16 \
+	$(BIN)/vllm-oscar bench run $(CHAT_MODEL) --kv-cache-dtype auto,oscar --scale 1/32 --concurrency 1,8 --rounds 1 \
 		--kv-memory 128MiB $(ARGS) -- --enforce-eager
 
 # auditwheel finds the oldest glibc that the libraries run on, for the wheel's name.

@@ -167,7 +167,11 @@ def _plot(record: dict, points: dict[Key, dict], workload: dict, path: Path) -> 
         each.plot(users, [p["tpot_p50"] for p in found], **style)
     pareto.set(xlabel="output tokens/s per user", ylabel="output tokens/s per device", title=workload["name"])
     first.set(xlabel="requests in flight", ylabel="TTFT p50, ms", xscale="log", yscale="log")
-    each.set(xlabel="requests in flight", ylabel="TPOT p50, ms", xscale="log", yscale="log")
+    each.set(xlabel="requests in flight", ylabel="TPOT p50, ms", xscale="log")
+    for axes in (first, each):
+        axes.set_xticks(workload["concurrency"], labels=map(str, workload["concurrency"]))
+        axes.xaxis.minorticks_off()
+    each.set_ylim(bottom=0)
     for axes in (pareto, first, each):
         axes.grid(alpha=0.3)
     pareto.legend()
