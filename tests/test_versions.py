@@ -80,7 +80,7 @@ def test_before_032_the_custom_slot_is_left_to_others(monkeypatch):
     from vllm_oscar.engine.backend import OscarBackend
 
     monkeypatch.setattr(OscarBackend, "name", "OSCAR")
-    monkeypatch.delattr(AttentionBackendEnum, "register")
+    monkeypatch.delattr(AttentionBackendEnum, "register", raising=False)  # not there in such a vLLM
     compat.register_backends()
     assert OscarBackend.get_name() == "CUSTOM"
     assert not AttentionBackendEnum.CUSTOM.is_overridden()
