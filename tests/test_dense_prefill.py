@@ -35,7 +35,7 @@ on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), rea
 # ---- what stands in for the GPU ------------------------------------------------------
 def flash(
     query, key, value, *, out, softmax_scale, causal, cu_seqlens_q, max_seqlen_q, max_seqlen_k,
-    cu_seqlens_k=None, seqused_k=None, block_table=None,
+    cu_seqlens_k=None, seqused_k=None, block_table=None, window_size=(-1, -1), softcap=0.0,
 ):  # fmt: skip
     """``flash_attn_varlen_func``. Like the real one it multiplies what lies behind a sequence in its page by zero."""
     lse = torch.full((query.shape[1], len(query)), float("nan"))  # rows of no sequence stay undefined
@@ -58,9 +58,16 @@ def flash(
         group = query.shape[1] // keys.shape[1]
         keys, values = (x.float().repeat_interleave(group, 1) for x in (keys, values))
         scores = torch.einsum("qhd,khd->hqk", query[begin:end].float(), keys) * softmax_scale
-        position = torch.arange(len(keys))
-        visible = count - (end - begin) + torch.arange(end - begin)[:, None] if causal else count - 1
-        scores.masked_fill_((position > visible) | (position >= count), -torch.inf)
+        if softcap:
+            scores = softcap * (scores / softcap).tanh()
+        position, at = torch.arange(len(keys)), count - (end - begin) + torch.arange(end - begin)[:, None]
+        before, behind = window_size
+        hidden = position >= count
+        if causal or behind >= 0:
+            hidden = hidden | (position > at + max(behind, 0))
+        if before >= 0:
+            hidden = hidden | (position < at - before)
+        scores.masked_fill_(hidden, -torch.inf)
         lse[:, begin:end] = scores.logsumexp(-1)
         out[begin:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).to(out.dtype)
     return out, lse
@@ -108,7 +115,8 @@ def planned(case: Case, decode_query_len: int = 1) -> Case:
     """``case`` with its plan, and a poisoned workspace."""
     starts, lens = case.step.query_start_loc.tolist(), case.step.seq_lens.tolist()
     heads, query_heads, device = case.key.shape[1], case.query.shape[1], case.key.device
-    limits = Limits(len(lens), starts[-1], decode_query_len, query_heads, heads, case.key.dtype, device)
+    sliding_window = case.cache.softmax.sliding_window
+    limits = Limits(len(lens), starts[-1], decode_query_len, query_heads, heads, case.key.dtype, device, sliding_window)
     dense_prefill.reserve(case.fmt, limits)
     for space in dense_prefill._workspaces.values():
         space.fill_(float("nan"))
@@ -258,15 +266,19 @@ def expected_waves(spans: list[range], names: dict, slots: int) -> tuple[list[in
 
 
 @needs_compiler
-@pytest.mark.parametrize("capacity", (190, 300, 701, 1300, 3000))
-def test_long_histories_are_planned_as_counted_by_hand(emulated, monkeypatch, capacity):
+@pytest.mark.parametrize(
+    "capacity, sliding_window", [(190, None), (300, None), (701, None), (1300, None), (3000, None), (701, 70_001)]
+)
+def test_long_histories_are_planned_as_counted_by_hand(emulated, monkeypatch, capacity, sliding_window):
     """Every wave, slot and row start, against sets of pages in Python."""
     set_capacity(monkeypatch, capacity)
     requests = [(700 * PAGE_TOKENS - 50 * r, 10 + 300 * (r % 3)) for r in range(9)]
     requests[4], requests[6] = (0, 200), (90, 20)
     step = random_step(requests, 704, seed=capacity)
     starts, lens = step.query_start_loc.tolist(), step.seq_lens.tolist()
-    plan = dense_prefill.plan(step, None, None, starts, lens, 1).prefill
+    limits = Limits(9, 10_000, 1, 1, 1, torch.float16, torch.device("cpu"), sliding_window)
+    plan = dense_prefill.plan(step, None, limits, starts, lens, 1).prefill
+    firsts = [max(0, context + 1 - (sliding_window or lens[0])) // PAGE_TOKENS for context, _ in requests]
     whole = [int(start) // PAGE_TOKENS for start in step.ring_start]
     names = {  # of a page that may be shared its block, of others themselves
         (r, i): int(step.page_table[r, i]) if i < whole[r] else (r, i) for r in range(9) for i in range(704)
@@ -278,15 +290,15 @@ def test_long_histories_are_planned_as_counted_by_hand(emulated, monkeypatch, ca
         assert used[0] == 0 and used[-1] < capacity
         spans, sources = [], [wave.sources.tolist() for wave in one.waves]
         for r in range(len(requests)):
-            begin = len(covered[r])
+            begin = firsts[r] + len(covered[r])
             spans.append(range(begin, begin + -(-keys[r] // PAGE_TOKENS)))
             covered[r] += spans[-1]
             assert keys[r] in (min(lens[r], spans[-1].stop * PAGE_TOKENS) - begin * PAGE_TOKENS, 0)
-        firsts, held = expected_waves(spans, names, capacity)
-        ends = [*firsts[1:], len(requests)]
-        assert len(firsts) <= len(one.waves)
+        starting, held = expected_waves(spans, names, capacity)
+        ends = [*starting[1:], len(requests)]
+        assert len(starting) <= len(one.waves)
         for w, wave in enumerate(one.waves):
-            first, end = (firsts[w], ends[w]) if w < len(firsts) else (len(requests),) * 2
+            first, end = (starting[w], ends[w]) if w < len(starting) else (len(requests),) * 2
             assert wave.query_starts.tolist() == [min(max(row, starts[first]), starts[end]) for row in starts]
             filled = [tuple(source) for source in sources[w] if source[0] >= 0]
             assert len(filled) == len({names[source] for source in filled})
@@ -295,7 +307,7 @@ def test_long_histories_are_planned_as_counted_by_hand(emulated, monkeypatch, ca
                 for i, slot in zip(spans[r], one.table[r].tolist()):
                     assert names[tuple(sources[w][slot])] == names[r, i]
     for r, (context, length) in enumerate(requests):
-        assert len(covered[r]) == (-(-(context + length) // PAGE_TOKENS) if context else 0)
+        assert len(covered[r]) == (-(-(context + length) // PAGE_TOKENS) - firsts[r] if context else 0)
 
 
 def test_steps_of_decodes_have_no_plan():
@@ -318,6 +330,7 @@ def test_the_workspace_holds_a_step():
     assert dense_prefill._capacity(fmt, replace(few, kv_heads=1)) == dense_prefill.MOST_SLOTS
     many = replace(few, tokens=1 << 20)
     assert dense_prefill._capacity(fmt, many) == (1 << 20) // PAGE_TOKENS + 2
+    assert dense_prefill._capacity(fmt, replace(many, sliding_window=4096)) == (1 << 20) // PAGE_TOKENS + 2 + 32
 
 
 # ---- attention -----------------------------------------------------------------------------
@@ -370,6 +383,60 @@ def test_attention_of_other_presets(emulated, monkeypatch, preset, dtype):
     assert overall_error(out, expected) < 1e-2
 
 
+def windowed_case(sliding_window: int, **options) -> Case:
+    """A decode, shared pages, histories within and beyond the window, a request of the step's tokens alone."""
+    requests = [(300, 1), (900, 40), (900, 3), (0, 150), (20, 130), (1000, 300)]
+    case = make_case(PageFormat.preset("oscar", 64), requests, sliding_window=sliding_window, **options)
+    share(case, 1, 2, 6)
+    return case
+
+
+@needs_compiler
+@pytest.mark.parametrize("capacity", (12, 64))
+@pytest.mark.parametrize("sliding_window", (1, 100, 128, 129, 300, 700, 4096))
+def test_sliding_windows(emulated, monkeypatch, sliding_window, capacity):
+    set_capacity(monkeypatch, capacity)
+    case = windowed_case(sliding_window, sinks=sliding_window == 300, device="cpu")
+    expected = case.exact_attention()
+    case = planned(case)
+    assert relative_error(case.attention(dense_prefill), expected) < tolerances.CUDA[torch.float16]
+    contexts = (case.step.seq_lens - case.step.query_start_loc.diff()).tolist()
+    firsts = [case.cache.softmax.first_visible(context) // PAGE_TOKENS for context in contexts]
+    sources = {(r, i) for one in emulated.gathered for r, i in one.tolist() if r >= 0}
+    assert all(i >= firsts[r] for r, i in sources)
+    assert all((r, firsts[r]) in sources for r in (1, 4, 5))
+
+
+@needs_compiler
+@pytest.mark.parametrize("capacity", (5, 8, 64))
+@pytest.mark.parametrize("soft_cap, sinks", [(None, True), (3.0, True), (3.0, False)])
+def test_sinks_and_soft_cap(emulated, monkeypatch, capacity, soft_cap, sinks):
+    """Of one pass and several, of one wave and several, of requests without history."""
+    set_capacity(monkeypatch, capacity)
+    requests = [(5, 1), (900, 40), (0, 30), (300, 130), (400, 9), (0, 5)]
+    options = {"soft_cap": soft_cap, "sinks": sinks, "device": "cpu"}
+    case = make_case(PageFormat.preset("oscar", 64), requests, **options)
+    expected = case.exact_attention()
+    case = planned(case)
+    assert relative_error(case.attention(dense_prefill), expected) < tolerances.CUDA[torch.float16]
+    assert (len(case.step.prefill.passes) > 1) == (capacity < 8)
+    assert (len(case.step.prefill.passes[-1].waves) > 1) == (capacity < 64)
+
+
+def test_a_plan_serves_layers_with_its_sliding_window_alone(emulated):
+    case = planned(make_case(PageFormat.preset("oscar", 64), [(300, 40)], sliding_window=100, device="cpu"))
+    case.cache = replace(case.cache, softmax=replace(case.cache.softmax, sliding_window=101))
+    with pytest.raises(ValueError, match="plan for layers with the sliding window 100"):
+        case.attention(dense_prefill)
+
+
+def test_a_sliding_window_that_cannot_fit_is_refused(emulated, monkeypatch):
+    set_capacity(monkeypatch, 4)
+    case = make_case(PageFormat.preset("oscar", 64), [(900, 20)], sliding_window=500, device="cpu")
+    with pytest.raises(ValueError, match="20 tokens of a request and a sliding window do not fit"):
+        planned(case)
+
+
 # ---- on a GPU --------------------------------------------------------------------------------
 @pytest.fixture
 def fresh_workspace(monkeypatch):
@@ -395,6 +462,31 @@ class TestGpu:
         expected = case.exact_attention()
         case = planned(case, decode_query_len=3 if name.startswith("drafts") else 1)
         assert relative_error(case.attention(dense_prefill), expected) < tolerances.CUDA[torch.float16]
+
+    @pytest.mark.parametrize("head_dim", (64, 128, 256))
+    @pytest.mark.parametrize("sliding_window", (1, 100, 128, 129, 300, 700, 4096))
+    @pytest.mark.parametrize("sinks", (False, True))
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_sliding_windows(self, fresh_workspace, monkeypatch, head_dim, sliding_window, sinks, dtype):
+        set_capacity(monkeypatch, 64)
+        requests = [(300, 1), (900, 40), (900, 3), (0, 150), (20, 130), (1000, 300), (0, 1500), (3000, 1200)]
+        options = dict(dtype=dtype, sliding_window=sliding_window, sinks=sinks)
+        case = make_case(PageFormat.preset("oscar", head_dim), requests, **options)
+        share(case, 1, 2, 6)
+        expected = case.exact_attention()
+        case = planned(case)
+        assert overall_error(case.attention(dense_prefill), expected) < 1e-2
+
+    @pytest.mark.parametrize("capacity", (5, 8, 64))
+    @pytest.mark.parametrize("head_dim", (64, 128, 256))
+    @pytest.mark.parametrize("soft_cap, sinks", [(None, True), (3.0, True), (50.0, False)])
+    def test_sinks_and_soft_cap(self, fresh_workspace, monkeypatch, head_dim, capacity, soft_cap, sinks):
+        set_capacity(monkeypatch, capacity)
+        requests = [(5, 1), (900, 40), (0, 30), (300, 130), (400, 9), (0, 5)]
+        case = make_case(PageFormat.preset("oscar", head_dim), requests, soft_cap=soft_cap, sinks=sinks)
+        expected = case.exact_attention()
+        case = planned(case)
+        assert overall_error(case.attention(dense_prefill), expected) < 5e-3
 
     def test_many_requests_share_a_long_prefix(self, fresh_workspace):
         case = make_case(PageFormat.preset("oscar", 128), [(4096, 128)] * 48, kv_heads=8, dtype=torch.bfloat16)

@@ -33,4 +33,9 @@ class Softmax:
 
     def first_visible(self, position: int) -> int:
         """First position that the token at ``position`` sees."""
-        return 0 if self.sliding_window is None else max(0, position + 1 - self.sliding_window)
+        return first_visible(self.sliding_window, position)
+
+
+def first_visible(sliding_window: int | None, position: int) -> int:
+    """First position that the token at ``position`` sees in a layer with this sliding window, or None."""
+    return 0 if sliding_window is None else max(0, position + 1 - sliding_window)

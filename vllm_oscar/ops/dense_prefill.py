@@ -15,6 +15,10 @@ pass   a part of every request's pages. The last pass holds a request's newest p
        workspace has other passes, of a workspace each, merged by log-sum-exp
 =====  ==========================================================================
 
+With a sliding window, a request's pages begin with the first one of which it sees a token, and
+the workspace holds them all. Sinks, of which FlashAttention-2 knows nothing, change the
+denominator alone: the output is scaled once its log-sum-exp is known.
+
 The host knows lengths, but only the device knows which pages are shared. So :func:`plan`
 counts waves as if none were, and a kernel fills them (``csrc/include/oscar/prefill_plan.cuh``);
 those left empty cost two short launches each. A layer then does nothing but launch: per
@@ -34,8 +38,9 @@ import torch
 
 from vllm_oscar.core.config import PAGE_TOKENS
 from vllm_oscar.core.format import PageFormat
+from vllm_oscar.core.softmax import Softmax, first_visible
 from vllm_oscar.ops import cuda
-from vllm_oscar.ops.native import StepStruct, fields
+from vllm_oscar.ops.native import SoftmaxStruct, StepStruct, fields
 from vllm_oscar.ops.step import Cache, Limits, Step
 
 GRAPH_SUPPORT, HEAD_DIMS = cuda.GRAPH_SUPPORT, cuda.HEAD_DIMS
@@ -86,9 +91,13 @@ _workspaces: dict[tuple, torch.Tensor] = {}
 
 
 def _capacity(fmt: PageFormat, limits: Limits) -> int:
-    """Slots of the workspace: at least one request's tokens of a step and the pages cut at their ends."""
+    """Slots of the workspace: at least one request's tokens of a step and the pages cut at their ends.
+
+    And its sliding window: FlashAttention's window ends where the keys of a pass do, and so serves the last one alone.
+    """
     slot_bytes = 2 * PAGE_TOKENS * limits.kv_heads * fmt.head_dim * limits.dtype.itemsize
-    return max(min(WORKSPACE_BYTES // slot_bytes, MOST_SLOTS), -(-limits.tokens // PAGE_TOKENS) + 2)
+    tokens = limits.tokens + (limits.sliding_window or 0)
+    return max(min(WORKSPACE_BYTES // slot_bytes, MOST_SLOTS), -(-tokens // PAGE_TOKENS) + 2)
 
 
 def _workspace(head_dim: int, kv_heads: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -111,6 +120,7 @@ class PassParams(ctypes.Structure):
 
     _fields_ = [
         ("step", StepStruct),
+        ("softmax", SoftmaxStruct),
         *fields(c_void_p, "query_starts keys table sources"),
         *fields(c_int32, "first_request requests index capacity slots columns waves"),
     ]
@@ -123,7 +133,7 @@ class Wave:
     Attributes:
         query_starts: int32 ``[n + 1]``; requests of other waves have no rows.
         sources: int32 ``[slots, 2]`` request and page index of each slot, or -1.
-        rows: bool ``[T]`` the wave's rows; None if the plan has one pass.
+        rows: bool ``[T]`` the wave's rows; None if it is the plan's only one.
     """
 
     query_starts: torch.Tensor
@@ -162,6 +172,7 @@ class PrefillPlan:
     """How the requests of a step are attended.
 
     Attributes:
+        sliding_window: of the layers that this plan is for, or None.
         decodes: the step of the leading requests that are left to the decode kernel.
         rows: of the requests with history, from the first to the last.
         longest: most tokens that one of these brings.
@@ -170,6 +181,7 @@ class PrefillPlan:
             as the passes leave zeros there.
     """
 
+    sliding_window: int | None
     decodes: Step | None
     rows: slice
     longest: int
@@ -182,8 +194,8 @@ def plan(
 ) -> Step:
     """``step`` with its prefill plan, or as it is if all requests are decodes. Launches, but never waits.
 
-    ``query_starts`` and ``seq_lens`` are the host's copies, exact from the first request on
-    that has more than ``decode_query_len`` tokens.
+    The plan is for layers with ``limits.sliding_window``. ``query_starts`` and ``seq_lens`` are the
+    host's copies, exact from the first request on that has more than ``decode_query_len`` tokens.
     """
     lengths = [end - begin for begin, end in zip(query_starts, query_starts[1:])]
     decodes = next((r for r, length in enumerate(lengths) if length > decode_query_len), len(lengths))
@@ -204,17 +216,18 @@ def plan(
         first, end = history[0], history[-1] + 1
         rows = slice(query_starts[first], query_starts[end])
         spans = [(contexts[r], lengths[r]) if lengths[r] and contexts[r] else (0, 0) for r in range(first, end)]
-        passes = _plan_passes(step, first, spans, _capacity(fmt, limits), rows.stop - rows.start)
+        passes = _plan_passes(step, first, spans, limits.sliding_window, _capacity(fmt, limits), rows.stop - rows.start)
     longest = max((lengths[r] for r in history), default=0)
     head = step.head(decodes, decode_query_len) if decodes else None
-    return replace(step, prefill=PrefillPlan(head, rows, longest, passes, fresh))
+    return replace(step, prefill=PrefillPlan(limits.sliding_window, head, rows, longest, passes, fresh))
 
 
-def _pages(context: int, length: int, capacity: int) -> tuple[int, int]:
-    """First page of a request's last pass, and one past its last page; ``PageSpan`` in prefill_plan.cuh."""
+def _pages(context: int, length: int, sliding_window: int | None, capacity: int) -> tuple[int, int, int]:
+    """A request's first page, first one of its last pass, and one past the last; ``PageSpan`` in prefill_plan.cuh."""
     total = -(-(context + length) // PAGE_TOKENS)
-    full = context // PAGE_TOKENS // capacity * capacity
-    return max(full, total - capacity), total
+    first = first_visible(sliding_window, context) // PAGE_TOKENS
+    full = (context // PAGE_TOKENS - first) // capacity * capacity
+    return first, first + max(full, total - first - capacity), total
 
 
 def _wave_count(counts: Iterable[int], slots: int) -> int:
@@ -227,20 +240,26 @@ def _wave_count(counts: Iterable[int], slots: int) -> int:
     return waves
 
 
-def _plan_passes(step: Step, first: int, spans: list[tuple[int, int]], capacity: int, rows: int) -> list[Pass]:
+def _plan_passes(
+    step: Step, first: int, spans: list[tuple[int, int]], sliding_window: int | None, capacity: int, rows: int
+) -> list[Pass]:
     """The passes over requests ``first ..``, each with ``(context, length)`` or ``(0, 0)``; launches a kernel each."""
-    pages = [_pages(context, length, capacity) for context, length in spans]
-    for (last, _), (context, length) in zip(pages, spans):
-        if last * PAGE_TOKENS > context:
-            raise ValueError(f"{length} tokens of a request do not fit into a prefill workspace of {capacity} pages")
+    pages = [_pages(context, length, sliding_window, capacity) for context, length in spans]
+    for (visible, last, _), (context, length) in zip(pages, spans):
+        if last * PAGE_TOKENS > context or (sliding_window and last > visible):
+            raise ValueError(
+                f"{length} tokens of a request{' and a sliding window' if sliding_window else ''} do not fit into a "
+                f"prefill workspace of {capacity} pages"
+            )
     device = step.seq_lens.device
     index = torch.arange(rows, device=device)
     struct, stream = cuda.BINDING.step_struct(step), cuda._stream(step.seq_lens.get_device())
-    numbers = [*range(-(-max(last for last, _ in pages) // capacity)), -1]
+    softmax = SoftmaxStruct(sliding_window=sliding_window or 0)
+    numbers = [*range(-(-max(last - visible for visible, last, _ in pages) // capacity)), -1]
     passes = []
     for number in numbers:
-        begins = [last if number < 0 else min(number * capacity, last) for last, _ in pages]
-        ends = [end if number < 0 else min(begin + capacity, last) for begin, (last, end) in zip(begins, pages)]
+        begins = [last if number < 0 else min(visible + number * capacity, last) for visible, last, _ in pages]
+        ends = [end if number < 0 else min(begin + capacity, last) for begin, (_, last, end) in zip(begins, pages)]
         counts = [end - begin for begin, end in zip(begins, ends)]
         slots, columns = min(capacity, sum(counts)), max(counts)
         waves, n = _wave_count(counts, slots), len(spans)
@@ -249,12 +268,12 @@ def _plan_passes(step: Step, first: int, spans: list[tuple[int, int]], capacity:
             for shape in ((waves, n + 1), (waves, slots, 2), (n, columns), (n,))
         )
         params = PassParams(
-            struct, query_starts.data_ptr(), keys.data_ptr(), table.data_ptr(), sources.data_ptr(),
+            struct, softmax, query_starts.data_ptr(), keys.data_ptr(), table.data_ptr(), sources.data_ptr(),
             first, n, number, capacity, slots, columns, waves,
         )  # fmt: skip
         cuda._call("oscar_plan_pass", step.seq_lens.get_device(), ctypes.byref(params), stream)
         of_wave = [None] * waves
-        if len(numbers) > 1:
+        if len(numbers) > 1 or waves > 1:
             of_wave = (index >= query_starts[:, :1]) & (index < query_starts[:, -1:])
         passes.append(Pass(number < 0, keys, table, [Wave(*wave) for wave in zip(query_starts, sources, of_wave)]))
     return passes
@@ -271,15 +290,35 @@ def attention(
         return
     if prefill.decodes:
         cuda.attention(prefill.decodes, cache, query, key, value, out)
-    flash = _flash_attention(cache.fmt.head_dim)
+    softmax = cache.softmax
+    if softmax.sliding_window != prefill.sliding_window:
+        raise ValueError(f"a plan for layers with the sliding window {prefill.sliding_window}, not {softmax}")
+    flash = partial(_flash_attention(cache.fmt.head_dim), **_flash_options(softmax))
     if prefill.passes:
-        _attend_history(flash, step, cache, query[prefill.rows], key, value, out[prefill.rows])
+        part = out[prefill.rows]
+        lse = _attend_history(flash, step, cache, query[prefill.rows], key, value, part)
+        _add_sinks(softmax, part, lse)
     for run in prefill.fresh:
-        flash(
-            query[run.rows], key[run.rows], value[run.rows], out=out[run.rows],
-            softmax_scale=cache.softmax.scale, causal=True,
+        _, lse = flash(
+            query[run.rows], key[run.rows], value[run.rows], out=out[run.rows], causal=True,
             cu_seqlens_q=run.starts, cu_seqlens_k=run.starts, max_seqlen_q=run.longest, max_seqlen_k=run.longest,
         )  # fmt: skip
+        _add_sinks(softmax, out[run.rows], lse)
+
+
+def _flash_options(softmax: Softmax) -> dict[str, object]:
+    options = {"softmax_scale": softmax.scale}
+    if softmax.sliding_window is not None:
+        options["window_size"] = [softmax.sliding_window - 1, 0]  # tokens before and behind each query
+    if softmax.soft_cap is not None:
+        options["softcap"] = softmax.soft_cap
+    return options
+
+
+def _add_sinks(softmax: Softmax, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Add the weight of each head's sink to the denominators of ``out [T, Hq, D]``; ``lse [Hq, T]`` is without."""
+    if softmax.sinks is not None:
+        out.mul_(torch.sigmoid(lse.T - softmax.sinks)[..., None])
 
 
 def _attend_history(
@@ -290,8 +329,11 @@ def _attend_history(
     key: torch.Tensor,
     value: torch.Tensor,
     out: torch.Tensor,
-) -> None:
-    """All passes; ``query`` and ``out`` are the plan's rows, ``key`` and ``value`` the step's tokens."""
+) -> torch.Tensor:
+    """All passes; ``query`` and ``out`` are the plan's rows, ``key`` and ``value`` the step's tokens.
+
+    Returns the log-sum-exp ``[Hq, T]`` where the plan has several passes, or the layer sinks.
+    """
     passes = step.prefill.passes
     result = lse = None
     for number, one in enumerate(passes):
@@ -303,6 +345,7 @@ def _attend_history(
         merged, merged_lse = out if number == len(passes) - 1 else torch.empty_like(out), torch.empty_like(lse)
         _merge(merged, result, lse, part, part_lse, merged_lse)
         result, lse = merged, merged_lse
+    return lse
 
 
 def _attend_pass(
@@ -315,7 +358,8 @@ def _attend_pass(
     value: torch.Tensor,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """One pass into ``out``; returns the log-sum-exp ``[Hq, T]``, of the last wave only if the plan has one pass."""
+    """One pass into ``out``; returns the log-sum-exp ``[Hq, T]``, of the last wave alone if nobody asks for it."""
+    wanted = len(step.prefill.passes) > 1 or cache.softmax.sinks is not None
     keys, values = _workspace(cache.fmt.head_dim, cache.kv_heads, key.dtype, key.device)
     params, device = ctypes.byref(cuda.BINDING.store(step, cache, key, value)), key.get_device()
     into, stream = (c_void_p(keys.data_ptr()), c_void_p(values.data_ptr())), cuda._stream(device)
@@ -324,9 +368,9 @@ def _attend_pass(
         sources = c_void_p(wave.sources.data_ptr())
         cuda._call("oscar_gather", device, params, sources, len(wave.sources), *into, stream)
         _, found = flash(
-            query, keys, values, out=out, softmax_scale=cache.softmax.scale, causal=one.causal,
+            query, keys, values, out=out, causal=one.causal,
             cu_seqlens_q=wave.query_starts, max_seqlen_q=step.prefill.longest,
             seqused_k=one.keys, max_seqlen_k=one.table.shape[1] * PAGE_TOKENS, block_table=one.table,
         )  # fmt: skip
-        lse = found if lse is None or wave.rows is None else torch.where(wave.rows, found, lse)
+        lse = torch.where(wave.rows, found, lse) if wanted and lse is not None else found
     return lse

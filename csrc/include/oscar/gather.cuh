@@ -186,10 +186,11 @@ OSCAR_DEVICE void gather_values(const uint8_t* page, bool first_page, int warp, 
   }
 }
 
-// Rows [begin, 128) of the page at position `start`: from the ring before the context, then the step's own, then zeros.
+// Rows [begin, 128) of the page at position `start`: zeros before position `first`, then from the ring up to the
+// context, then the step's own, then zeros.
 template <class Layout, bool Bf16>
 OSCAR_DEVICE void gather_recent(const OscarStoreParams& p, const StepTokens& tokens, int request, int head, bool values,
-                               int start, int begin, uint8_t* out, int64_t out_row) {
+                               int first, int start, int begin, uint8_t* out, int64_t out_row) {
   constexpr int kVectors = Layout::kHeadDim * 2 / 16;
   for (int i = begin * kVectors + threadIdx.x; i < kPageTokens * kVectors; i += kGatherThreads) {
     const int row = i / kVectors, position = start + row, token = position - tokens.context;
@@ -197,7 +198,7 @@ OSCAR_DEVICE void gather_recent(const OscarStoreParams& p, const StepTokens& tok
     if (token >= 0 && token < tokens.query_len) {
       const uint8_t* source = token_address(values ? p.value : p.key, tokens.begin + token, head);
       vector = reinterpret_cast<const uint4*>(source)[i % kVectors];
-    } else if (token < 0) {
+    } else if (token < 0 && position >= first) {
       const int32_t* table = ring_row(p.step, request);
       const uint8_t* source = ring_token(p.cache, table, head, position, Layout::kRingTokens, 2 * Layout::kRingRowBytes) +
                               (values ? Layout::kRingRowBytes : 0);
@@ -226,7 +227,9 @@ __global__ void __launch_bounds__(kGatherThreads, Layout::kHeadDim <= 128 ? 4 : 
   const bool values = blockIdx.z;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const StepTokens tokens(p.step, request);
-  const int paged = min(max(ring_start(p.step, request, tokens.context) - start, 0), kPageTokens);
+  const int first = first_visible(p.cache.softmax, tokens.context);
+  const int from_ring = ring_start(p.step, p.cache.softmax, request, tokens.context);
+  const int paged = from_ring > first ? min(max(from_ring - start, 0), kPageTokens) : 0;
   const int64_t out_row = static_cast<int64_t>(p.cache.kv_heads) * Layout::kHeadDim * 2;
   uint8_t* out = (values ? value : key) + blockIdx.x * kPageTokens * out_row + head * Layout::kHeadDim * 2;
   if (paged > 0) {
@@ -234,7 +237,9 @@ __global__ void __launch_bounds__(kGatherThreads, Layout::kHeadDim <= 128 ? 4 : 
     if (values) gather_values<Layout, Bf16>(page, source.y == 0, warp, lane, paged, out, out_row);
     else gather_keys<Layout, Bf16>(page, source.y == 0, warp, lane, paged, out, out_row);
   }
-  if (paged < kPageTokens) gather_recent<Layout, Bf16>(p, tokens, request, head, values, start, paged, out, out_row);
+  if (paged < kPageTokens) {
+    gather_recent<Layout, Bf16>(p, tokens, request, head, values, first, start, paged, out, out_row);
+  }
 }
 
 }  // namespace oscar

@@ -19,11 +19,12 @@ struct PageSpan {
     const StepTokens tokens(p.step, request);
     if (tokens.query_len <= 0 || tokens.context == 0) return;  // no history
     const int total = pages_before(tokens.context + tokens.query_len);
-    const int full = tokens.context / kPageTokens / p.capacity * p.capacity;
-    const int last = max(full, total - p.capacity);  // first page of the last pass
-    begin = p.index < 0 ? last : min(p.index * p.capacity, last);
+    const int first = first_page(p.softmax, tokens.context);
+    const int full = (tokens.context / kPageTokens - first) / p.capacity * p.capacity;
+    const int last = first + max(full, total - first - p.capacity);  // first page of the last pass
+    begin = p.index < 0 ? last : min(first + p.index * p.capacity, last);
     end = p.index < 0 ? total : min(begin + p.capacity, last);
-    shared = ring_start(p.step, request, tokens.context) / kPageTokens;
+    shared = ring_start(p.step, p.softmax, request, tokens.context) / kPageTokens;
   }
 };
 
