@@ -166,6 +166,33 @@ def test_windows(ring, window):
     check_attention(batch)
 
 
+SLIDING = {  # preset, head size, dtype, group, sliding window, requests
+    "one": ("oscar", 64, "float32", 4, 1, [(300, 2, 130), (5, 1, 5), (256, 1, 0)]),
+    "page": ("oscar_small", 64, "float16", 1, 128, [(300, 3, 60), (127, 1, 127), (128, 1, 0), (511, 5, 255)]),
+    "page+1": ("oscar_paper", 64, "bfloat16", 16, 129, [(383, 2, 0), (130, 16, 130), (40, 1, 40)]),
+    "odd": ("oscar_4bit", 80, "float32", 3, 200, [(455, 16, 256), (199, 1, 71), (330, 2, 0)]),
+    "wide": ("oscar", 128, "bfloat16", 2, 300, [(700, 1, 256), (299, 2, 50)]),
+    "mixed": ("oscar", 64, "float16", 2, 127, [(300, 1, 140), (260, 40, 128), (20, 16, 20), (0, 0, 0), (0, 300, 0)]),
+    "chunk": ("oscar_large", 96, "float32", 1, 190, [(520, 100, 256)]),
+    "chunk_paper": ("oscar_paper", 64, "float16", 2, 1, [(140, 18, 0)]),
+}
+
+
+@pytest.mark.parametrize("name", SLIDING)
+def test_sliding_windows(name):
+    preset, dim, dtype, group, sliding_window, requests = SLIDING[name]
+    options = dict(group=group, dtype=getattr(torch, dtype), heads=1, sinks=group == 2)
+    check_attention(Batch(PageFormat.preset(preset, dim), requests, sliding_window=sliding_window, **options))
+
+
+@pytest.mark.parametrize(
+    "name, soft_cap, sinks",
+    [("decode_small", None, True), ("decode", 1.5, False), ("decode_paper", 1.5, True), ("mixed", 30.0, True)],
+)
+def test_sinks_and_soft_cap(name, soft_cap, sinks):
+    check_attention(make(name, soft_cap=soft_cap, sinks=sinks))
+
+
 # ---- numbers at the edges -------------------------------------------------------------------
 def int8_ring(batch, ring):
     """Bytes and fp16 scales."""

@@ -17,10 +17,18 @@ DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRE
 class Batch:
     """Requests with history in shuffled pages and rings; all memory that is not theirs is poison."""
 
-    def __init__(self, fmt, requests, heads=2, group=2, dtype=torch.float32, seed=0, pad_tokens=0, spread=1.0):
-        """``requests``: (context, query length, tokens before the context that the ring provides)."""
+    def __init__(
+        self, fmt, requests, heads=2, group=2, dtype=torch.float32, seed=0, pad_tokens=0, spread=1.0,
+        sliding_window=None, soft_cap=None, sinks=False,
+    ):  # fmt: skip
+        """``requests``: (context, query length, tokens before the context that the ring provides).
+
+        With a sliding window, tokens around its start have large keys, so that one off by one shows.
+        """
         random = torch.Generator().manual_seed(seed)
         dim = fmt.head_dim
+        sinks = 2 * torch.randn(heads * group, generator=random).to(DEVICE) if sinks else None
+        self.softmax = Softmax(dim**-0.5, sliding_window, soft_cap, sinks)
         self.fmt, self.dtype = fmt, dtype
         self.ring_pages = fmt.ring_pages(dtype.itemsize, drafts=16)
         blocks = sum(-(-(c + q) // PAGE_TOKENS) for c, q, _ in requests) + 2
@@ -42,21 +50,23 @@ class Batch:
         for r, (context, length, in_ring) in enumerate(requests):
             key = (torch.randn(context + length, heads, dim, generator=random) + bias[0]).to(dtype)
             value = (torch.randn(context + length, heads, dim, generator=random) + 0.3 * bias[1]).to(dtype)
-            full = context // PAGE_TOKENS
+            full, first = context // PAGE_TOKENS, self.softmax.first_visible(context)
+            hidden = first // PAGE_TOKENS
+            if sliding_window:
+                key[max(0, first - 1) : first + length] *= 3
             if length:
                 needed = -(-(context + length) // PAGE_TOKENS)
-                self.page_table[r, :needed] = torch.tensor([free.pop() for _ in range(needed)])
+                self.page_table[r, hidden:needed] = torch.tensor([free.pop() for _ in range(needed - hidden)])
                 self.ring_table[r] = torch.tensor([free_ring.pop() for _ in range(self.ring_pages)] + [2**31 - 1])
-                if full:
-                    self.pages[self.page_table[r, :full].long()] = reference.encode_pages(
-                        key[: full * PAGE_TOKENS].unflatten(0, (full, PAGE_TOKENS)),
-                        value[: full * PAGE_TOKENS].unflatten(0, (full, PAGE_TOKENS)),
-                        fmt,
-                        torch.arange(full) == 0,
+                if full > hidden:
+                    rows, numbers = slice(hidden * PAGE_TOKENS, full * PAGE_TOKENS), torch.arange(hidden, full)
+                    paged = (x[rows].unflatten(0, (-1, PAGE_TOKENS)) for x in (key, value))
+                    self.pages[self.page_table[r, hidden:full].long()] = reference.encode_pages(
+                        *paged, fmt, numbers == 0
                     )
                 in_ring = max(min(in_ring, context, capacity), context - full * PAGE_TOKENS)
-                position = torch.arange(context - in_ring, context)
-                at = ring_slots(self.ring_table[r].expand(in_ring, -1), position, per_page, self.ring_pages)
+                position = torch.arange(max(first, context - in_ring), context)
+                at = ring_slots(self.ring_table[r].expand(len(position), -1), position, per_page, self.ring_pages)
                 write_tokens(self.ring, fmt, *at, key[position], value[position])
                 self.key[starts[-1] : starts[-1] + length] = key[context:]
                 self.value[starts[-1] : starts[-1] + length] = value[context:]
@@ -88,7 +98,7 @@ class Batch:
 
     def cache(self, pages=None, ring=None):
         pages, ring = self.pages if pages is None else pages, self.ring if ring is None else ring
-        return Cache(pages, ring, self.ring_pages, self.fmt, Softmax(self.fmt.head_dim**-0.5))
+        return Cache(pages, ring, self.ring_pages, self.fmt, self.softmax)
 
     def attention(self, module):
         out = torch.full_like(self.query, 7.0)

@@ -19,17 +19,20 @@ from vllm_oscar.ops.triton import layout
 from vllm_oscar.ops.triton.page import attend_pages
 from vllm_oscar.ops.triton.tokens import (
     Sums,
+    add_sink,
     attend_tail,
     cache_args,
     find_request,
     first_block,
+    load_query,
     page_row,
-    pages_before,
+    query_tile,
     ring_row,
-    ring_start,
+    softmax_args,
     step_args,
     step_tokens,
     token_args,
+    visible_span,
 )
 
 MAX_QUERY = 16
@@ -83,6 +86,7 @@ def decode_kernel(
     value,
     step,
     cache,
+    softmax,
     rows,
     splits,
     F: tl.constexpr,
@@ -112,40 +116,34 @@ def decode_kernel(
             return
     if (block < 0) | (block * BLOCK_Q >= tokens.length):
         return
-    ring_begin = ring_start(step, request, tokens.context)
-    pages = pages_before(ring_begin)
-    per_split = pages_per_split(pages, splits)
+    span = visible_span(step, softmax, request, tokens.context, 0)
+    per_split = pages_per_split(span.pages, splits)
     low = (split - 1) * per_split  # split 0 is the tail
-    high = tl.minimum(low + per_split, pages)
+    high = tl.minimum(low + per_split, span.pages)
     if (split > 0) & (low >= high):
         return
 
-    row = tl.arange(0, BLOCK_M)
-    token = block * BLOCK_Q + row // GROUP
-    query_head = head * GROUP + row % GROUP
+    tile = query_tile(tokens, block, head, GROUP, BLOCK_M, BLOCK_Q)
     heads = tl.num_programs(1) * GROUP
-    is_row = (row < BLOCK_Q * GROUP) & (token < tokens.length)
-    query_row = (tokens.begin + token).to(tl.int64)
     if BLOCKS_PER_REQUEST:
-        partial_row = request * MAX_QUERY + token
+        partial_row = request * MAX_QUERY + tile.token
     else:
-        partial_row = tokens.begin + token
-    partial = (split * rows + partial_row) * heads + query_head  # at most 2**31 rows
+        partial_row = tokens.begin + tile.token
+    partial = (split * rows + partial_row) * heads + tile.head  # at most 2**31 rows
 
     if split == 0:
         channel = tl.arange(0, DIM_PAD)
-        spot = query_row[:, None] * query.token + query_head[:, None] * query.head + channel[None, :]
-        q = tl.load(query.data + spot, mask=is_row[:, None] & (channel < F.DIM)[None, :], other=0.0).to(M.DOT)
         empty = tl.full([BLOCK_M], float("-inf"), tl.float32)
         sums = attend_tail(
-            q,
-            tl.where(is_row, tokens.context + token, -1),
+            load_query(query, tile, F, M),
+            tile,
             tokens,
-            ring_begin,
+            span,
             tokens.context + tl.minimum(tokens.length, (block + 1) * BLOCK_Q),
             key,
             value,
             cache,
+            softmax,
             ring_row(step, request),
             head.to(tl.int64),
             Sums(empty, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, DIM_PAD], tl.float32)),
@@ -156,24 +154,27 @@ def decode_kernel(
         peak = sums.peak
         total = sums.total
         line = (partial.to(tl.int64) * (2 * HALF_PAD))[:, None]
-        tl.store(partial_ptr + line + channel[None, :], sums.acc, mask=is_row[:, None])
+        tl.store(partial_ptr + line + channel[None, :], sums.acc, mask=tile.is_row[:, None])
     else:
         column = tl.arange(0, HALF_PAD)
-        source = rotated_ptr + ((query_row * heads + query_head) * (2 * HALF_PAD))[:, None] + column[None, :]
+        is_row = tile.is_row
+        source = rotated_ptr + ((tile.row * heads + tile.head) * (2 * HALF_PAD))[:, None] + column[None, :]
         q0 = tl.load(source, mask=is_row[:, None], other=0.0)
         q1 = tl.load(source + HALF_PAD, mask=is_row[:, None], other=0.0)
         q2 = q1
         if F.KEY_BITS > 2:
             q2 = tl.load(source + (HALF_PAD + (column ^ 1) - column)[None, :], mask=is_row[:, None], other=0.0)
         table = page_row(step, request)
+        low += span.page
+        high += span.page
         peak, total, out0, out1 = attend_pages(
-            q0, q1, q2, cache, table, head.to(tl.int64), low, high, ring_begin, F, M
+            q0, q1, q2, cache, softmax, table, head.to(tl.int64), low, high, span, tile, F, M
         )
         target = partial_ptr + (partial.to(tl.int64) * (2 * HALF_PAD))[:, None] + column[None, :]
         tl.store(target, out0, mask=is_row[:, None])
         tl.store(target + HALF_PAD, out1, mask=is_row[:, None])
-    tl.store(stats_ptr + partial * 2, peak, mask=is_row)
-    tl.store(stats_ptr + partial * 2 + 1, total, mask=is_row)
+    tl.store(stats_ptr + partial * 2, peak, mask=tile.is_row)
+    tl.store(stats_ptr + partial * 2 + 1, total, mask=tile.is_row)
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
@@ -183,9 +184,11 @@ def combine_kernel(
     stats_ptr,
     table_ptr,
     step,
+    softmax,
     rows,
     splits,
     F: tl.constexpr,
+    M: tl.constexpr,
     MAX_QUERY: tl.constexpr,  # 0: a program is a token; else a request and a token of it
     BLOCK_S: tl.constexpr,
 ):
@@ -207,7 +210,7 @@ def combine_kernel(
     if MAX_QUERY:
         if tokens.length > MAX_QUERY:
             return
-    pages = pages_before(ring_start(step, request, tokens.context))
+    pages = visible_span(step, softmax, request, tokens.context, 0).pages
     per_split = pages_per_split(pages, splits)
     used = (pages + per_split - 1) // tl.maximum(per_split, 1)  # page splits with work
 
@@ -241,6 +244,8 @@ def combine_kernel(
         back = tl.sum(sum0[:, None] * tl.load(table).to(tl.float32), 0)
         back += tl.sum(sum1[:, None] * tl.load(table + HALF_PAD * DIM_PAD).to(tl.float32), 0)
         result += back * F.ROTATION_SCALE
+    if M.SINKS:
+        total = add_sink(total, peak, softmax, head)
     target = out.data + (tokens.begin + token).to(tl.int64) * out.token + head.to(tl.int64) * out.head
     tl.store(target + channel, (result / total).to(out.data.dtype.element_ty), mask=channel < F.DIM)
 
@@ -273,7 +278,8 @@ def decode(
     """Attention of all requests (``mixed`` false) or of those with at most MAX_QUERY tokens."""
     tokens, query_heads, dim = query.shape
     requests, heads, device = step.requests, cache.kv_heads, query.device
-    F, M = layout.page_layout(cache.fmt, key.element_size()), layout.mode(query.dtype, fold_of(cache.fmt))
+    F = layout.page_layout(cache.fmt, key.element_size())
+    M = layout.mode(query.dtype, fold_of(cache.fmt), cache.softmax)
     half, group = layout.padded(dim // 2), query_heads // heads
     typical = 1 if mixed else min(step.max_query_len, -(-tokens // requests))
     block_m = max(16, min(64, triton.next_power_of_2(group * typical)))
@@ -287,6 +293,7 @@ def decode(
     splits = num_splits(requests * heads * -(-typical // block_q), step.page_table.shape[1], device)
 
     S, C, Q = step_args(step), cache_args(cache), token_args("query", query)
+    softmax = softmax_args(cache, query_heads)
     rotated = torch.empty(tokens * query_heads, 2, half, dtype=torch.float32, device=device)
     block_rows = 16 if tokens * query_heads < 4096 else 64
     rotate_query_kernel[(triton.cdiv(tokens * query_heads, block_rows),)](
@@ -311,6 +318,7 @@ def decode(
         token_args("value", value),
         S,
         C,
+        softmax,
         rows,
         splits,
         F,
@@ -330,9 +338,11 @@ def decode(
         stats,
         layout.rotation(dim, "value", device),
         S,
+        softmax,
         rows,
         splits,
         F,
+        M,
         MAX_QUERY if mixed else 0,
         min(16, triton.next_power_of_2(splits)),
         num_warps=4,

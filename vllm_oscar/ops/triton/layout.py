@@ -34,6 +34,7 @@ from vllm_oscar.core.config import NormScope, ParamType
 from vllm_oscar.core.format import PageFormat
 from vllm_oscar.core.hadamard import hadamard
 from vllm_oscar.core.ring import RingType
+from vllm_oscar.core.softmax import Softmax
 
 
 def is_interpreted() -> bool:
@@ -120,22 +121,26 @@ def page_layout(fmt: PageFormat, itemsize: int) -> Layout:
 
 
 class Mode(NamedTuple):
-    """How a kernel multiplies, as compile-time constants."""
+    """How a kernel multiplies, and what of :class:`~vllm_oscar.core.softmax.Softmax` it needs, at compile time."""
 
     DOT: tl.constexpr  # operand type of products of the model's tensors
     CODES: tl.constexpr  # how codes become fp16, see codes.slot_codes
     PRECISE: tl.constexpr  # float32 in products with codes, as two fp16 halves
     FOLD: tl.constexpr  # how many of the four slots (r, j) one tile of tokens covers: 1, 2 or 4
+    SLIDING: tl.constexpr  # a sliding window
+    SOFT_CAP: tl.constexpr
+    SINKS: tl.constexpr
 
 
-def mode(dtype: torch.dtype, fold: int) -> Mode:
-    """The :class:`Mode` for a model in ``dtype``."""
-    return _mode(dtype, codes_mode(), fold)
+def mode(dtype: torch.dtype, fold: int, softmax: Softmax) -> Mode:
+    """The :class:`Mode` for a layer of a model in ``dtype``."""
+    used = (x is not None for x in (softmax.sliding_window, softmax.soft_cap, softmax.sinks))
+    return _mode(dtype, codes_mode(), fold, *used)
 
 
 @lru_cache(maxsize=None)
-def _mode(dtype: torch.dtype, codes: int, fold: int) -> Mode:
-    return Mode(*map(_constant, (dot_dtype(dtype), codes, dtype == torch.float32, fold)))
+def _mode(dtype: torch.dtype, codes: int, fold: int, *used: bool) -> Mode:
+    return Mode(*map(_constant, (dot_dtype(dtype), codes, dtype == torch.float32, fold, *used)))
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:

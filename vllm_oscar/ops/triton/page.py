@@ -17,7 +17,7 @@ from vllm_oscar.ops.triton.subsets import (
     slot_of,
     subset_scores,
 )
-from vllm_oscar.ops.triton.tokens import LOG2E, as_pointer
+from vllm_oscar.ops.triton.tokens import LOG2E, as_pointer, soft_capped
 
 
 class RotatedQuery(NamedTuple):
@@ -75,10 +75,12 @@ def attend_group(
     q,  # RotatedQuery
     sums,  # PageSums
     cache,
+    softmax,
     table,  # the request's row of the page table
     head,  # int64
     index,  # of the key group in the sequence
-    end,  # tokens of the sequence that are read from pages, > the group's first
+    span,  # of its tokens, one is in the group
+    row_first,  # [rows] first position that each row sees, not before that of the span
     F: tl.constexpr,
     M: tl.constexpr,
 ):
@@ -94,7 +96,8 @@ def attend_group(
     UNIT: tl.constexpr = 16777216.0 if M.CODES else 1.0
     group = index % GROUPS
     page_index = index // GROUPS
-    limit = end - page_index * 128
+    begin = span.first - page_index * 128
+    limit = span.ring - page_index * 128
     page = cache.pages + head * cache.page_head + tl.load(table + page_index).to(tl.int64) * cache.page_block
     first_page = page_index == 0
 
@@ -181,7 +184,13 @@ def attend_group(
         if F.HAS_NORM:
             norm = tl.load(norm_ptr + (16 * first16 + first8) + norm_offset, mask=valid, other=0.0)
             s = s * norm.to(tl.float32)[None, :]
-        s = tl.where(valid[None, :], s, float("-inf"))
+        if M.SOFT_CAP:
+            s = soft_capped(s, softmax)
+        visible = valid[None, :]
+        if M.SLIDING:
+            start = page_index * 128 + 16 * first16 + 8 * first8
+            visible = visible & (position[None, :] >= (row_first - start)[:, None])
+        s = tl.where(visible, s, float("-inf"))
         best = tl.maximum(best, s)
         scores = scores + (s,)
     peak = tl.maximum(sums.peak, tl.max(best, 1))
@@ -223,6 +232,8 @@ def attend_group(
         weights += p
         first16, first8 = slot_of(group * 2 * BLOCKS, M.FOLD, part)
         valid = position < limit - 16 * first16 - 8 * first8
+        if M.SLIDING:
+            valid = valid & (position >= begin - 16 * first16 - 8 * first8)
         first = 16 * F.VALUE_GROUPS * first16 + 2 * first8
         offsets, acc0, acc1 = add_subset_values(
             value_words,
@@ -284,25 +295,29 @@ def attend_pages(
     q1,  # j1 = 1
     q2,  # q1 with even and odd columns exchanged
     cache,
+    softmax,
     table,  # the request's row of the page table
     head,  # int64
     low,  # pages low .. high - 1
     high,
-    end,  # tokens of the sequence that are read from pages
+    span,
+    tile,  # QueryTile
     F: tl.constexpr,
     M: tl.constexpr,
 ):
     """Pages: peak, total and the two halves of :func:`rotated_output`."""
     ROWS: tl.constexpr = q0.shape[0]
-    logit_scale = cache.scale * LOG2E
+    logit_scale = softmax.scale * LOG2E
     q = normalise_rows(q0, q1, q2, logit_scale * F.ROTATION_SCALE, M.PRECISE)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     zero = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, F.HALF_PAD], tl.float32)
     sums = PageSums(peak, zero, zero, acc, acc)
     GROUPS: tl.constexpr = 128 // F.KEY_GROUP
-    for index in range(low * GROUPS, tl.minimum(high * GROUPS, (end + F.KEY_GROUP - 1) // F.KEY_GROUP)):
-        sums = attend_group(q, sums, cache, table, head, index, end, F, M)
+    row_first = tl.maximum(tile.position + 1 - softmax.reach, span.first)
+    begin = tl.maximum(low * GROUPS, span.first // F.KEY_GROUP)
+    for index in range(begin, tl.minimum(high * GROUPS, (span.ring + F.KEY_GROUP - 1) // F.KEY_GROUP)):
+        sums = attend_group(q, sums, cache, softmax, table, head, index, span, row_first, F, M)
     out0, out1 = rotated_output(sums, F, M)
     return sums.peak, sums.total, out0, out1
 

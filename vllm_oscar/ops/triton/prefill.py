@@ -17,17 +17,20 @@ from vllm_oscar.ops.triton import layout
 from vllm_oscar.ops.triton.page import attend_pages
 from vllm_oscar.ops.triton.tokens import (
     Sums,
+    add_sink,
     attend_tail,
     cache_args,
     find_request,
     first_block,
+    load_query,
     page_row,
-    pages_before,
+    query_tile,
     ring_row,
-    ring_start,
+    softmax_args,
     step_args,
     step_tokens,
     token_args,
+    visible_span,
 )
 
 
@@ -41,6 +44,7 @@ def prefill_kernel(
     value_table_ptr,
     step,
     cache,
+    softmax,
     F: tl.constexpr,
     M: tl.constexpr,
     GROUP: tl.constexpr,
@@ -58,27 +62,17 @@ def prefill_kernel(
     block = program - first_block(tokens.begin, request, BLOCK_Q)
     if (tokens.length < MIN_QUERY) | (block < 0) | (block * BLOCK_Q >= tokens.length):
         return
-    ring_begin = ring_start(step, request, tokens.context)
+    span = visible_span(step, softmax, request, tokens.context, block * BLOCK_Q)
 
-    row = tl.arange(0, BLOCK_M)
-    token = block * BLOCK_Q + row // GROUP
-    query_head = head * GROUP + row % GROUP
-    is_row = (row < BLOCK_Q * GROUP) & (token < tokens.length)
-    query_row = (tokens.begin + token).to(tl.int64)
+    tile = query_tile(tokens, block, head, GROUP, BLOCK_M, BLOCK_Q)
+    q = load_query(query, tile, F, M)
     channel = tl.arange(0, DIM_PAD)
     column = tl.arange(0, HALF_PAD)
-    in_row = is_row[:, None] & (channel < F.DIM)[None, :]
-    q = tl.load(
-        query.data + (query_row * query.token + query_head * query.head)[:, None] + channel[None, :],
-        mask=in_row,
-        other=0.0,
-    ).to(M.DOT)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, DIM_PAD], tl.float32)
 
-    pages = pages_before(ring_begin)
-    if pages > 0:
+    if span.pages > 0:
         key_table = key_table_ptr + channel[:, None] * HALF_PAD + column[None, :]
         q0 = tl.dot(q, tl.load(key_table).to(M.DOT), input_precision="ieee")
         q1 = tl.dot(q, tl.load(key_table + DIM_PAD * HALF_PAD).to(M.DOT), input_precision="ieee")
@@ -87,8 +81,9 @@ def prefill_kernel(
             exchanged = key_table + (DIM_PAD * HALF_PAD + (column ^ 1) - column)[None, :]
             q2 = tl.dot(q, tl.load(exchanged).to(M.DOT), input_precision="ieee")
         table = page_row(step, request)
+        end = span.page + span.pages
         peak, total, out0, out1 = attend_pages(
-            q0, q1, q2, cache, table, head.to(tl.int64), 0, pages, ring_begin, F, M
+            q0, q1, q2, cache, softmax, table, head.to(tl.int64), span.page, end, span, tile, F, M
         )
         # rotate back relative to the total, whose size fp16 cannot be trusted with
         norm = (1.0 / tl.maximum(total, 1.0e-30))[:, None]
@@ -99,13 +94,14 @@ def prefill_kernel(
 
     sums = attend_tail(
         q,
-        tl.where(is_row, tokens.context + token, -1),
+        tile,
         tokens,
-        ring_begin,
+        span,
         tokens.context + tl.minimum(tokens.length, (block + 1) * BLOCK_Q),
         key,
         value,
         cache,
+        softmax,
         ring_row(step, request),
         head.to(tl.int64),
         Sums(peak, total, acc),
@@ -113,8 +109,12 @@ def prefill_kernel(
         M,
         BLOCK_N,
     )
-    target = out.data + (query_row * out.token + query_head * out.head)[:, None] + channel[None, :]
-    result = sums.acc / tl.where(is_row, sums.total, 1.0)[:, None]
+    total = sums.total
+    if M.SINKS:
+        total = add_sink(total, sums.peak, softmax, tile.head)
+    target = out.data + (tile.row * out.token + tile.head * out.head)[:, None] + channel[None, :]
+    result = sums.acc / tl.where(tile.is_row, total, 1.0)[:, None]
+    in_row = tile.is_row[:, None] & (channel < F.DIM)[None, :]
     tl.store(target, result.to(out.data.dtype.element_ty), mask=in_row)
 
 
@@ -147,8 +147,9 @@ def prefill(
         layout.rotation(dim, "value", device),
         step_args(step),
         cache_args(cache),
+        softmax_args(cache, query_heads),
         layout.page_layout(cache.fmt, key.element_size()),
-        layout.mode(query.dtype, 4 if cache.fmt.config.key_group <= 64 else 2),
+        layout.mode(query.dtype, 4 if cache.fmt.config.key_group <= 64 else 2, cache.softmax),
         group,
         block_m,
         block_q,

@@ -157,7 +157,7 @@ def store_pages(step: Step, cache: Cache, key: torch.Tensor, value: torch.Tensor
         config.key_clip,
         config.value_clip,
         layout.page_layout(cache.fmt, key.element_size()),
-        layout.mode(key.dtype, 1).DOT,
+        layout.mode(key.dtype, 1, cache.softmax).DOT,
         num_warps=8,
         num_stages=1,
         enable_fp_fusion=False,

@@ -43,7 +43,15 @@ class CacheArgs(NamedTuple):
     ring_block: int
     ring_head: int
     ring_pages: int
+
+
+class SoftmaxArgs(NamedTuple):
+    """A :class:`~vllm_oscar.core.softmax.Softmax`; what it has not is None, or arbitrary and not read."""
+
     scale: float
+    reach: int  # how many tokens each one sees, itself included: the sliding window, or more than there are
+    soft_cap: float
+    sinks: torch.Tensor | None
 
 
 class TokenArgs(NamedTuple):
@@ -93,7 +101,20 @@ def cache_args(cache: Cache) -> CacheArgs:
             *cache.pages.stride()[:2],
             *cache.ring.stride()[:2],
             cache.ring_pages,
-            cache.softmax.scale,
+        )
+    return args
+
+
+def softmax_args(cache: Cache, query_heads: int) -> SoftmaxArgs:
+    """Converted once per layer."""
+    args = cache.native.get((_NAME, query_heads))
+    if args is None:
+        softmax, sinks = cache.softmax, cache.softmax.sinks
+        if sinks is not None:
+            plain = sinks.dtype == torch.float32 and sinks.is_contiguous() and sinks.shape == (query_heads,)
+            require(plain, f"sinks are {sinks.dtype} {list(sinks.shape)}, not contiguous float32 [{query_heads}]")
+        args = cache.native[_NAME, query_heads] = SoftmaxArgs(
+            softmax.scale, softmax.sliding_window or 2**31 - 1, softmax.soft_cap or 1.0, sinks
         )
     return args
 
@@ -149,15 +170,22 @@ def find_request(step, block, BLOCK: tl.constexpr):
     return low
 
 
-@triton.jit
-def ring_start(step, request, context):
-    """First position that attention reads from the ring; those before it come from pages."""
-    return tl.minimum(tl.maximum(tl.load(step.ring_start + request), 0), context)
+class Span(NamedTuple):
+    """What a token of the step, and later ones, may see of the context."""
+
+    first: tl.tensor  # position of the first such token
+    ring: tl.tensor  # first position that is read from the ring; those before it come from pages
+    page: tl.tensor  # first page
+    pages: tl.tensor  # number of pages; none of the others' table entries may be read
 
 
 @triton.jit
-def pages_before(position):
-    return (position + 127) // 128
+def visible_span(step, softmax, request, context, token):
+    """:class:`Span` of the step's token ``token`` of a request."""
+    first = tl.maximum(context + token + 1 - softmax.reach, 0)
+    start = tl.minimum(tl.maximum(tl.load(step.ring_start + request), 0), context)
+    page = first // 128
+    return Span(first, tl.maximum(start, first), page, tl.where(start > first, (start + 127) // 128 - page, 0))
 
 
 @triton.jit
@@ -176,6 +204,34 @@ def ring_row(step, request):
 def as_pointer(base, offset, element: tl.constexpr):
     """Byte pointer ``base + offset`` as a pointer to ``element``."""
     return (base + offset).to(tl.pointer_type(element), bitcast=True)
+
+
+class QueryTile(NamedTuple):
+    """Query rows of a program: tokens of one request x the query heads of one KV head."""
+
+    token: tl.tensor  # [rows] of the request in the step
+    head: tl.tensor  # [rows] query head
+    row: tl.tensor  # [rows] int64 row of the step's tensors
+    is_row: tl.tensor  # [rows]
+    position: tl.tensor  # [rows] of the token in the sequence; -1 where there is none
+
+
+@triton.jit
+def query_tile(tokens, block, head, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """:class:`QueryTile` of the ``block``-th BLOCK_Q tokens of a request."""
+    row = tl.arange(0, BLOCK_M)
+    token = block * BLOCK_Q + row // GROUP
+    is_row = (row < BLOCK_Q * GROUP) & (token < tokens.length)
+    position = tl.where(is_row, tokens.context + token, -1)
+    return QueryTile(token, head * GROUP + row % GROUP, (tokens.begin + token).to(tl.int64), is_row, position)
+
+
+@triton.jit
+def load_query(query, tile, F: tl.constexpr, M: tl.constexpr):
+    """The tile's rows ``[rows, DIM_PAD]`` in DOT type, zeros where there is none."""
+    channel = tl.arange(0, F.DIM_PAD)
+    spot = (tile.row * query.token + tile.head * query.head)[:, None] + channel[None, :]
+    return tl.load(query.data + spot, mask=tile.is_row[:, None] & (channel < F.DIM)[None, :], other=0.0).to(M.DOT)
 
 
 class RingTokens(NamedTuple):
@@ -203,6 +259,20 @@ def ring_tokens(cache, row, head, position, is_token, MODEL: tl.constexpr, F: tl
         return RingTokens(data, data)
 
 
+# ---- device: from logits to weights ----------------------------------------------------
+@triton.jit
+def soft_capped(s, softmax):
+    """``soft_cap * tanh(s / soft_cap)`` of logits times log2(e), which the result is, too."""
+    limit = softmax.soft_cap * LOG2E
+    return limit - 2 * limit / (1 + tl.exp2(s * (2 / softmax.soft_cap)))
+
+
+@triton.jit
+def add_sink(total, peak, softmax, head):
+    """``total``, relative to ``peak``, with the weight of the sink of query head ``head``."""
+    return total + tl.exp2(tl.load(softmax.sinks + head) * LOG2E - peak)
+
+
 # ---- device: attention over ring and new tokens ---------------------------------------
 class Sums(NamedTuple):
     """Online softmax of query rows."""
@@ -220,32 +290,35 @@ def attend_tokens(
     key_factor,  # [tokens] or 1
     value_factor,
     visible,  # [rows, tokens]
-    logit_scale,  # softmax scale * log2(e)
+    softmax,
     sums,
-    DOT: tl.constexpr,
+    M: tl.constexpr,
 ):
     """Logits, online softmax and weighted values. Invisible tokens must be finite."""
-    s = tl.dot(q, key, input_precision="ieee") * (key_factor * logit_scale)
+    s = tl.dot(q, key, input_precision="ieee") * (key_factor * (softmax.scale * LOG2E))
+    if M.SOFT_CAP:
+        s = soft_capped(s, softmax)
     s = tl.where(visible, s, float("-inf"))
     best = tl.maximum(sums.peak, tl.max(s, 1))
     pivot = tl.where(best == float("-inf"), 0.0, best)
     shrink = tl.exp2(sums.peak - pivot)
     p = tl.exp2(s - pivot[:, None])
     total = sums.total * shrink + tl.sum(p, 1)
-    acc = tl.dot((p * value_factor).to(DOT), value, sums.acc * shrink[:, None], input_precision="ieee")
+    acc = tl.dot((p * value_factor).to(M.DOT), value, sums.acc * shrink[:, None], input_precision="ieee")
     return Sums(best, total, acc)
 
 
 @triton.jit
 def attend_tail(
     q,  # [rows, DIM_PAD] DOT type, not rotated
-    row_position,  # [rows] position of each row's token; -1 where there is none
+    tile,  # QueryTile
     tokens,  # StepTokens
-    ring_begin,
+    span,
     last,  # one past the last position any row sees
     key,
     value,
     cache,
+    softmax,
     row,  # of the ring table
     head,  # int64
     sums,
@@ -253,18 +326,17 @@ def attend_tail(
     M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The ring's tokens ``ring_begin .. context - 1``, then the step's own up to ``last - 1``.
+    """The ring's tokens from ``span.ring`` on, then the step's own up to ``last - 1``.
 
     Bytes of an int8 ring are multiplied as they are, exact in every type, and logits and weights by
     the scales. The values' bytes count in units of 1/64, which keeps the weights in fp16's normal range.
     """
-    logit_scale = cache.scale * LOG2E
     channel = tl.arange(0, F.DIM_PAD)
     is_channel = channel < F.DIM
     key_ptr = key.data + head * key.head
     value_ptr = value.data + head * value.head
     element: tl.constexpr = key.data.dtype.element_ty
-    for start in range(ring_begin, tokens.context, BLOCK_N):
+    for start in range(span.ring, tokens.context, BLOCK_N):
         position = start + tl.arange(0, BLOCK_N)
         is_token = position < tokens.context
         at = ring_tokens(cache, row, head, position, is_token, element, F)
@@ -278,11 +350,11 @@ def attend_tail(
             key_factor = tl.load(at.scale, mask=is_token, other=0.0).to(tl.float32)[None, :]
             value_factor = (tl.load(at.scale + 1, mask=is_token, other=0.0).to(tl.float32) * 64)[None, :]
             values = values * 0.015625
-        visible = is_token[None, :] & (row_position >= 0)[:, None]
-        sums = attend_tokens(
-            q, keys.to(M.DOT), values.to(M.DOT), key_factor, value_factor, visible, logit_scale, sums, M.DOT
-        )
-    for start in range(tokens.context, last, BLOCK_N):
+        visible = is_token[None, :] & (tile.position >= 0)[:, None]
+        if M.SLIDING:
+            visible &= (tile.position - softmax.reach)[:, None] < position[None, :]
+        sums = attend_tokens(q, keys.to(M.DOT), values.to(M.DOT), key_factor, value_factor, visible, softmax, sums, M)
+    for start in range(tl.maximum(tokens.context, span.first), last, BLOCK_N):
         position = start + tl.arange(0, BLOCK_N)
         is_token = position < last
         source = (tokens.begin + position - tokens.context).to(tl.int64)
@@ -296,6 +368,8 @@ def attend_tail(
             mask=is_token[:, None] & is_channel[None, :],
             other=0.0,
         )
-        visible = is_token[None, :] & (position[None, :] <= row_position[:, None])
-        sums = attend_tokens(q, keys.to(M.DOT), values.to(M.DOT), 1.0, 1.0, visible, logit_scale, sums, M.DOT)
+        visible = is_token[None, :] & (position[None, :] <= tile.position[:, None])
+        if M.SLIDING:
+            visible &= (tile.position - softmax.reach)[:, None] < position[None, :]
+        sums = attend_tokens(q, keys.to(M.DOT), values.to(M.DOT), 1.0, 1.0, visible, softmax, sums, M)
     return sums
