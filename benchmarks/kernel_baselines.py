@@ -26,14 +26,16 @@ def _step(batch: int, context: int, heads: int, dim: int) -> tuple[torch.Tensor,
 
 
 def flash_attention_3(
-    batch: int, context: int, heads: int, group: int, dim: int, rotated_bytes: float, splits: int
-) -> Launches:
+    batch: int, context: int, heads: int, group: int, dim: int, rotated_bytes: float, splits: int,
+    sliding_window: int | None = None,
+) -> Launches:  # fmt: skip
     """FlashAttention-3 on bf16 blocks of 128 tokens; ``splits`` 0 lets it choose."""
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     page = 128
     per_sequence = -(-context // page)
-    nbytes = batch * context * heads * dim * 4
+    nbytes = batch * min(context, sliding_window or context) * heads * dim * 4
+    window_size = [sliding_window - 1, 0] if sliding_window else None
     sets = _sets(nbytes, rotated_bytes)
     cache = torch.empty(2, sets * batch * per_sequence, page, heads, dim, dtype=torch.bfloat16, device="cuda").normal_()
     table = torch.randperm(cache.shape[1], device="cuda").int().view(sets, batch, per_sequence)
@@ -44,7 +46,7 @@ def flash_attention_3(
     def launch(i: int) -> Callable[[], object]:
         return lambda: flash_attn_varlen_func(
             query, cache[0], cache[1], 1, starts, context, seqused_k=lens, block_table=table[i], causal=True,
-            out=out, fa_version=3, num_splits=splits,
+            out=out, fa_version=3, num_splits=splits, window_size=window_size,
         )  # fmt: skip
 
     return [launch(i) for i in range(sets)], nbytes

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).parents[1])  # not this folder, where this file hides a package of its name
@@ -26,6 +27,7 @@ from benchmarks import kernel_baselines as baselines  # noqa: E402
 from benchmarks.kernel_cases import Case, make_case, random_ring, relative_error  # noqa: E402
 from vllm_oscar.core.config import PAGE_TOKENS, PRESETS  # noqa: E402
 from vllm_oscar.core.format import PageFormat  # noqa: E402
+from vllm_oscar.core.softmax import first_visible  # noqa: E402
 from vllm_oscar.ops import cuda  # noqa: E402
 from vllm_oscar.ops.step import Step  # noqa: E402
 
@@ -34,6 +36,7 @@ CASES = [
     *((1, 4096), (1, 32768), (1, 131072), (8, 4096), (8, 32768), (8, 131072)),
     *((16, 32768), (64, 1024), (64, 8192), (64, 32768)),
 ]
+SLIDING_CASES = [(64, 2048), (64, 32768)]  # a window's time does not grow with the context
 ROTATED_BYTES = 240e6  # four times the L2 of an H200
 ERROR_LIMIT = 8e-3
 SETTLE_S = 0.15
@@ -91,7 +94,9 @@ def read_bandwidth() -> float:
 
 
 # ---- caches of the size to be timed -----------------------------------------------
-def big_case(fmt: PageFormat, batch: int, context: int, heads: int, group: int, dtype) -> tuple[list[Case], int]:
+def big_case(
+    fmt: PageFormat, batch: int, context: int, heads: int, group: int, dtype, sliding_window: int | None = None
+) -> tuple[list[Case], int]:
     """Equal steps on disjoint blocks of a cache, and the bytes that one of them must read.
 
     Sequences have ``context`` tokens including the step's one; pages repeat a pool of
@@ -103,8 +108,9 @@ def big_case(fmt: PageFormat, batch: int, context: int, heads: int, group: int, 
     encoded = seed.cache.pages[seed.step.page_table[:, :64].long()]  # [8, 64, H, bytes]
     per_sequence = -(-context // PAGE_TOKENS)
     start = min((context - 1) // PAGE_TOKENS * PAGE_TOKENS, max(0, context - 1 - fmt.config.window))
-    page_count = -(-start // PAGE_TOKENS)
-    recent = fmt.config.ring.token_bytes(fmt.head_dim, dtype.itemsize) * (context - 1 - start)
+    first = first_visible(sliding_window, context - 1)
+    page_count = -(-start // PAGE_TOKENS) - first // PAGE_TOKENS if start > first else 0
+    recent = fmt.config.ring.token_bytes(fmt.head_dim, dtype.itemsize) * (context - 1 - max(start, first))
     recent += 2 * fmt.head_dim * dtype.itemsize  # the step's own token
     nbytes = batch * heads * (page_count * fmt.page_bytes + recent)
     sets = min(16, max(1, -(-int(ROTATED_BYTES) // nbytes)))
@@ -123,7 +129,8 @@ def big_case(fmt: PageFormat, batch: int, context: int, heads: int, group: int, 
     ring_table = torch.randperm(len(ring), device="cuda").int().view(sets, batch, ring_pages)
     query = torch.randn(batch, heads * group, fmt.head_dim, device="cuda").to(dtype)
     key, value = (torch.randn(batch, heads, fmt.head_dim, device="cuda").to(dtype) for _ in range(2))
-    cache = replace(seed.cache, pages=pages, ring=ring)
+    softmax = replace(seed.cache.softmax, sliding_window=sliding_window)
+    cache = replace(seed.cache, pages=pages, ring=ring, softmax=softmax)
     step = Step(
         query_start_loc=torch.arange(batch + 1, dtype=torch.int32, device="cuda"),
         seq_lens=torch.full((batch,), context, dtype=torch.int32, device="cuda"),
@@ -143,11 +150,11 @@ def attention_launch(ops, case: Case, **options):
     return lambda: ops.attention(case.step, case.cache, case.query, case.key, case.value, out, **options)
 
 
-def flash_us(*shape: int) -> tuple[float, int]:
+def flash_us(*shape: int, sliding_window: int | None) -> tuple[float, int]:
     """FlashAttention-3 in bf16 at the best of several split counts: time, bytes."""
     batch, _, heads, *_ = shape
     options = [0] + ([16, 32] if batch * heads < 132 else [])
-    runs = (baselines.flash_attention_3(*shape, ROTATED_BYTES, splits) for splits in options)
+    runs = (baselines.flash_attention_3(*shape, ROTATED_BYTES, splits, sliding_window) for splits in options)
     return min((time_us(launches), nbytes) for launches, nbytes in runs)
 
 
@@ -167,7 +174,8 @@ def draw(records: list[dict], path: Path) -> None:
     lines: dict[str, list[tuple[int, float]]] = {}
     for r in records:
         if r.get("ratio_to_best_bf16"):
-            label = " ".join(filter(None, (r["kernel"], r.get("preset"), r["model"], f"batch {r['batch']}")))
+            window = r.get("sliding_window") and f"sliding window {r['sliding_window']}"
+            label = " ".join(filter(None, (r["kernel"], r.get("preset"), r["model"], f"batch {r['batch']}", window)))
             lines.setdefault(label, []).append((r["context"], r["ratio_to_best_bf16"]))
     figure, axes = plt.subplots(figsize=(8, 5))
     for label, points in lines.items():
@@ -195,15 +203,16 @@ def triton_ops():
 CHECKS = ((128, torch.bfloat16, 4, 1), (64, torch.float16, 8, 4), (128, torch.float16, 8, 4))
 
 
-def check(backends: dict, presets: list[str], limit: float) -> set[tuple[str, str]]:
+def check(backends: dict, presets: list[str], sliding_windows: list[int], limit: float) -> set[tuple[str, str]]:
     """Small ragged batches of the presets; prints a line and returns the wrong (kernel, preset) pairs."""
     wrong = set()
     for name, ops in backends.items():
         for preset in presets:
             errors = []
-            for dim, dtype, group, longest in CHECKS:
+            for (dim, dtype, group, longest), window in product(CHECKS, (None, *sliding_windows)):
                 requests = [(context, longest) for context in (0, 1, 127, 128, 129, 1000, 4099)]
-                case = make_case(PageFormat.preset(preset, dim), requests, dtype=dtype, group=group)
+                fmt = PageFormat.preset(preset, dim)
+                case = make_case(fmt, requests, dtype=dtype, group=group, sliding_window=window)
                 try:
                     errors.append(relative_error(case.attention(ops), case.exact_attention()))
                 except (RuntimeError, ValueError) as error:  # report it and go on: this is a survey
@@ -257,7 +266,9 @@ class Results:
         ratio = fields.get("ratio_to_best_bf16")
         line = (
             f"{fields['kernel']:24} {fields.get('preset') or '':12} {fields.get('model') or '':12} "
-            f"{fields.get('batch', ''):>3} x {fields.get('context', ''):>6} {fields['us']:9.1f} us "
+            f"{fields.get('batch', ''):>3} x {fields.get('context', ''):>6} "
+            + (f"window {fields['sliding_window']} " if fields.get("sliding_window") else "")
+            + f"{fields['us']:9.1f} us "
             + (f"{fields['gbps']:6.0f} GB/s {fields['percent_of_read_bandwidth']:5.1f} %" if "gbps" in fields else "")
             + (f"  {ratio:5.2f}x" if ratio else "")
         )
@@ -283,6 +294,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["qwen3-8b"], choices=MODELS)
     parser.add_argument("--presets", nargs="*", default=["oscar"], choices=PRESETS)
     parser.add_argument("--cases", nargs="*", help="BATCHxCONTEXT, e.g. 8x32768")
+    parser.add_argument(
+        "--sliding-window", nargs="*", type=int, default=[], metavar="TOKENS", help="time layers with such windows too"
+    )
     parser.add_argument("--warps", nargs="*", default=["0"], help="WARPS[@LIBRARY] per block to compare")
     parser.add_argument("--flash", action="store_true", help="time FlashAttention-3 too")
     parser.add_argument("--flashinfer", action="store_true", help="time FlashInfer too")
@@ -299,40 +313,45 @@ def main() -> None:
     backends = {"cuda": cuda}
     if options.triton and triton_ops():
         backends["triton"] = triton_ops()
-    wrong = check(backends, options.presets, ERROR_LIMIT)
+    wrong = check(backends, options.presets, options.sliding_window, ERROR_LIMIT)
     peak = read_bandwidth()
     print(f"read bandwidth {peak / 1e12:.2f} TB/s", flush=True)
     results = Results(stamp(options.commit), peak, options.output)
-    cases = [tuple(map(int, case.split("x"))) for case in options.cases] if options.cases else CASES
+    chosen = [tuple(map(int, case.split("x"))) for case in options.cases or ()]
+    cases = [(*case, None) for case in chosen or CASES]
+    cases += [(*case, window) for window in options.sliding_window for case in chosen or SLIDING_CASES]
     for model in options.models:
         heads, group, dim = MODELS[model]
-        for batch, context in cases:
+        for batch, context, window in cases:
             shape = {"model": model, "batch": batch, "context": context}
+            if window:
+                shape["sliding_window"] = window
             sizes = (batch, context, heads, group, dim)
             best = None
             if options.flash:
-                best, nbytes = flash_us(*sizes)
+                best, nbytes = flash_us(*sizes, sliding_window=window)
                 results.add_attention(best, nbytes, kernel="flash-attention-3 bf16", **shape)
                 torch.cuda.empty_cache()
-            if options.flashinfer:
+            if options.flashinfer and not window:
                 us, nbytes = flashinfer_us(*sizes)
                 results.add_attention(us, nbytes, best, kernel="flashinfer bf16", **shape)
                 best = min(us, best or us)
                 torch.cuda.empty_cache()
-            if options.xformers:
+            if options.xformers and not window:
                 launches, nbytes = baselines.xformers_int4(*sizes, ROTATED_BYTES)
                 results.add_attention(time_us(launches), nbytes, best, kernel="xformers int4", **shape)
                 del launches
                 torch.cuda.empty_cache()
-            if options.turboquant:
+            if options.turboquant and not window:
                 launches, nbytes = baselines.turboquant(*sizes, ROTATED_BYTES)
                 results.add_attention(time_us(launches), nbytes, best, kernel="turboquant_3bit_nc", **shape)
                 del launches
                 torch.cuda.empty_cache()
             for preset in options.presets:
                 fmt = PageFormat.preset(preset, dim)
-                steps, nbytes = big_case(fmt, batch, context, heads, group, torch.bfloat16)
-                expected = steps[0].exact_attention() if batch * context <= 1 << 19 else None
+                steps, nbytes = big_case(fmt, batch, context, heads, group, torch.bfloat16, window)
+                visible = min(context, window or context)
+                expected = steps[0].exact_attention() if batch * visible <= 1 << 19 else None
                 runs = [(name, ops, {}) for name, ops in backends.items() if ops is not cuda]
                 runs = [run for run in runs if (run[0], preset) not in wrong]
                 for text in options.warps if ("cuda", preset) not in wrong else ():

@@ -34,16 +34,12 @@ OSCAR_HOST_DEVICE int first_visible(const OscarSoftmax& softmax, int position) {
   return first > 0 ? first : 0;
 }
 
-// First position that attention reads from the ring; visible ones before it come from pages.
-OSCAR_HOST_DEVICE int ring_start(const OscarStep& step, int request, int context) {
-  const int start = step.ring_start[request] > 0 ? step.ring_start[request] : 0;
-  return start < context ? start : context;
-}
-
-// The same of a layer, whose ring may hold tokens that no token of the step sees.
+// First position that attention reads from the ring, which may hold tokens that no token of the step sees; visible
+// ones before it come from pages.
 OSCAR_HOST_DEVICE int ring_start(const OscarStep& step, const OscarSoftmax& softmax, int request, int context) {
-  const int start = ring_start(step, request, context), first = first_visible(softmax, context);
-  return start > first ? start : first;
+  const int held = step.ring_start[request] < context ? step.ring_start[request] : context;
+  const int first = first_visible(softmax, context);
+  return held > first ? held : first;
 }
 
 OSCAR_HOST_DEVICE int pages_before(int position) { return (position + kPageTokens - 1) / kPageTokens; }
