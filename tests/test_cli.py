@@ -42,9 +42,9 @@ def test_plan_shows_every_format_with_the_block_managers_sums(model):
     lines = (line.split() or [""] for line in result.output.splitlines())
     rows = {cells[0]: cells for cells in lines}
     assert {"auto", "fp8", *PRESETS} <= set(rows)
-    # Independently: 36 layers x 8 heads x 128 tokens of 512 bytes a block, 256 blocks a request.
-    blocks = 24 * 2**30 // (36 * 8 * 128 * 512)
-    assert rows["auto"][4] == f"{int(blocks / 256 * 32768):,}"
+    # Independently: 36 layers x 8 heads x 16 tokens of 512 bytes a block, 2048 blocks a request; as vLLM logs it.
+    blocks = 24 * 2**30 // (36 * 8 * 16 * 512)
+    assert rows["auto"][4] == f"{int(blocks / 2048 * 32768):,}" == "174,752"
     blocks = 24 * 2**30 // (36 * 8 * 128 * 90)
     assert rows["oscar"][2:5] == [f"{blocks:,}", "6", f"{int(blocks / (256 + 6) * 32768):,}"]
     assert rows["oscar"][7] == "0.07-0.08x" and rows["fp8"][7] == "-"
@@ -79,7 +79,13 @@ def test_plan_refuses_in_one_sentence(model, arguments, message):
 
 
 @pytest.mark.parametrize(
-    "change", [{"kv_lora_rank": 512}, {"sliding_window": 4096}, {"layer_types": ["full_attention", "linear_attention"]}]
+    "change",
+    [
+        {"kv_lora_rank": 512},
+        {"layer_types": ["full_attention", "linear_attention"]},
+        {"model_type": "phi3", "sliding_window": 2047},  # in all layers
+        {"num_kv_shared_layers": 20},
+    ],
 )
 def test_plan_refuses_what_serving_refuses(model, change):
     (model / "config.json").write_text(json.dumps(QWEN3_8B | change))

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from vllm_oscar.core.layers import uneven_layers
+from vllm_oscar.core.layers import sliding_windows, uneven_layers
 from vllm_oscar.tools.cli import app
 
 PLAIN = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8, "hidden_size": 512, "head_dim": 64}
@@ -25,6 +25,14 @@ UNEVEN = {
     "nemotron": (
         blocks(*({"n_heads_in_group": n, "no_op": False} for n in (1, 2, 4, 2))),
         "layers that differ in KV heads or head size (block_configs: n_heads_in_group in config.json)",
+    ),
+    "full-layers": (
+        {"global_head_dim": 128},
+        "layers that differ in head size (global_head_dim in config.json)",
+    ),
+    "full-layers-heads": (
+        {"num_global_key_value_heads": 4},
+        "layers that differ in KV heads (num_global_key_value_heads in config.json)",
     ),
     "values": ({"v_head_dim": 128}, "values of 128 channels beside keys of 64 (v_head_dim in config.json)"),
 }
@@ -51,6 +59,24 @@ def test_blocks_that_are_objects():
     """As remote code of a checkpoint makes them."""
     layers = [SimpleNamespace(attention=SimpleNamespace(n_heads_in_group=n, no_op=False)) for n in (1, 2)]
     assert "n_heads_in_group" in uneven_layers(PLAIN | {"block_configs": layers})
+
+
+SLIDING = {"sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"] * 2}
+
+
+@pytest.mark.parametrize(
+    "change, windows",
+    [
+        ({}, [None] * 4),
+        (SLIDING, [512, None, 512, None]),
+        ({"sliding_window": 512}, [512] * 4),
+        ({"sliding_window": None}, [None] * 4),
+        (SLIDING | {"use_sliding_window": False}, [None] * 4),
+        (SLIDING | {"model_type": "qwen3", "use_sliding_window": True}, [None] * 4),  # vLLM ignores them
+    ],
+)
+def test_windows(change, windows):
+    assert sliding_windows(PLAIN | change) == windows
 
 
 @pytest.mark.parametrize("change, what", UNEVEN.values(), ids=UNEVEN)

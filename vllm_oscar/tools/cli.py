@@ -32,23 +32,27 @@ def plan(
     context: Annotated[int, typer.Option(min=1, help="Tokens per request (--max-model-len).")] = 32768,
     tensor_parallel: Annotated[int, typer.Option("--tensor-parallel-size", "-tp", min=1)] = 1,
     speculative_tokens: Annotated[int, typer.Option(min=0, help="num_speculative_tokens, if any.")] = 0,
+    batched_tokens: Annotated[
+        int, typer.Option("--max-num-batched-tokens", min=1, help="Of a step; matters with sliding windows.")
+    ] = 8192,
 ) -> None:
     """Tokens and concurrent requests that a memory budget holds, per KV-cache dtype."""
     from vllm_oscar.tools import plan as planner
 
     try:
         shape = planner.ModelShape.load(model, tensor_parallel)
-        rows = planner.plan(shape, planner.parse_bytes(memory), context, speculative_tokens)
+        rows = planner.plan(shape, planner.parse_bytes(memory), context, speculative_tokens, batched_tokens)
     except ValueError as error:
         _fail(str(error))
     base = rows[0]
+    windows = f" ({len(shape.windows)} with a sliding window)" if shape.windows else ""
     title = (
         f"{escape(memory)} for the KV cache, {context:,} tokens per request; "
-        f"{shape.layers} layers, {shape.kv_heads} KV heads per rank, head_dim {shape.head_dim}"
+        f"{shape.layers} layers{windows}, {shape.kv_heads} KV heads per rank, head_dim {shape.head_dim}"
     )
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("dtype", no_wrap=True)
-    for header in ("bits", "pages", "tail", "tokens", "requests", "vs auto", "loss"):
+    for header in ("bits", "blocks", "tail", "tokens", "requests", "vs auto", "loss"):
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -63,7 +67,8 @@ def plan(
         )
     console.print(table)
     console.print(
-        "A page is 128 tokens over all layers; tail: pages that hold a request's newest tokens. "
+        "A block is 128 tokens of a group of layers, without OScaR 16; tail: blocks in each group that hold a "
+        "request's newest tokens. "
         "Tokens and requests are what vLLM logs at start-up. Loss: divergence from exact attention against "
         "oscar_paper's, on SmolLM2-135M at 2k and 8k tokens (docs/fidelity.md)."
     )

@@ -7,15 +7,18 @@ The same sums that vLLM's block manager does, so the numbers match its log.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_oscar.core.config import PAGE_TOKENS, PRESETS, SUPPORTED_HEAD_DIMS
 from vllm_oscar.core.format import PageFormat
-from vllm_oscar.core.layers import uneven_layers
+from vllm_oscar.core.layers import sliding_windows, uneven_layers
 
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
+_VLLM_BLOCK = 16
+"""Tokens of a block without OScaR, on a GPU."""
 
 
 def parse_bytes(text: str) -> int:
@@ -34,12 +37,20 @@ def parse_bytes(text: str) -> int:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What of a model decides the size of its KV cache (per tensor-parallel rank)."""
+    """What of a model decides the size of its KV cache (per tensor-parallel rank).
+
+    Attributes:
+        layers: those with attention.
+        kv_heads, head_dim: of each layer.
+        itemsize: bytes of an element in the model's dtype.
+        windows: the sliding windows of those layers that have one, in tokens.
+    """
 
     layers: int
     kv_heads: int
     head_dim: int
     itemsize: int
+    windows: tuple[int, ...] = ()
 
     @staticmethod
     def load(path: str | Path, tensor_parallel: int = 1) -> ModelShape:
@@ -52,29 +63,55 @@ class ModelShape:
         if not file.is_file():
             raise ValueError(f"{path} is neither a model folder with a config.json nor such a file")
         try:
-            config = json.loads(file.read_text())
+            config = text_config(file)
         except ValueError as error:
             raise ValueError(f"{file} is not JSON: {error}") from None
-        config = config.get("text_config", config)
         try:
             heads = config["num_attention_heads"]
             layers = config["num_hidden_layers"]
             head_dim = config.get("head_dim") or config["hidden_size"] // heads
         except KeyError as missing:
             raise ValueError(f"{file} has no {missing}; only decoder language models can be planned") from None
-        sliding = config.get("sliding_window") and config.get("use_sliding_window", True)
-        other = set(config.get("layer_types") or []) - {"full_attention"}
-        if config.get("is_encoder_decoder") or config.get("kv_lora_rank") or sliding or other:
+        other = set(config.get("layer_types") or []) - {"full_attention", "sliding_attention"}
+        shared = config.get("num_kv_shared_layers")
+        if config.get("is_encoder_decoder") or config.get("kv_lora_rank") or shared or other:
             raise ValueError(
-                f"{file} describes a model that OScaR does not support (encoder, MLA, sliding windows or layers "
-                "without attention); see the support matrix in README.md"
+                f"{file} describes a model that OScaR does not support (encoder, MLA, layers without attention or "
+                "that share a KV cache); see the support matrix in README.md"
             )
         uneven = uneven_layers(config)
         if uneven:
             raise ValueError(f"{file} describes a model that OScaR does not support: {uneven}; choose another model")
+        windows = tuple(window for window in sliding_windows(config) if window)
+        if len(windows) == layers:
+            raise ValueError(
+                f"{file} describes a model that OScaR does not support: all its layers have a sliding window; "
+                f"serve contexts of {windows[0]:,} tokens with --disable-sliding-window, or choose another model"
+            )
         kv_heads = config.get("num_key_value_heads") or heads
         dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-        return ModelShape(layers, max(1, kv_heads // tensor_parallel), head_dim, _ITEMSIZE.get(dtype, 2))
+        return ModelShape(layers, max(1, kv_heads // tensor_parallel), head_dim, _ITEMSIZE.get(dtype, 2), windows)
+
+
+def text_config(file: Path) -> dict:
+    """The language model's part of a ``config.json``, with transformers' defaults for what it leaves out.
+
+    Raises ``ValueError`` if it is not JSON.
+    """
+    config = json.loads(file.read_text())
+    outer = {name: config[name] for name in ("dtype", "torch_dtype") if name in config}
+    text = outer | config.get("text_config", config)
+    complete = {"num_attention_heads", "num_hidden_layers"} <= text.keys()
+    if complete and ("layer_types" in text or not text.get("sliding_window")):
+        return text
+    try:
+        from transformers import CONFIG_MAPPING  # slow, and there wherever vLLM is
+    except ImportError:
+        return text
+    if config.get("model_type") not in CONFIG_MAPPING:
+        return text
+    defaults = CONFIG_MAPPING[config["model_type"]].from_dict(config).get_text_config().to_dict()
+    return {name: value for name, value in defaults.items() if value is not None} | text
 
 
 @dataclass(frozen=True)
@@ -85,7 +122,7 @@ class Capacity:
         name: ``--kv-cache-dtype``.
         bits: effective bits per element.
         blocks: blocks in the budget.
-        tail_blocks: blocks of a request's ring (OScaR only).
+        tail_blocks: blocks of a request's ring (OScaR only), for each group of layers.
         requests: concurrent requests of the planned context, as vLLM reports it.
         tokens: tokens that vLLM reports as KV cache size.
     """
@@ -98,27 +135,56 @@ class Capacity:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Load:
+    """What requests are like: ``context`` tokens each, ``in_flight`` tokens of all of them in steps under way."""
+
+    context: int
+    in_flight: int
+
+    def blocks(self, window: int | None, block_tokens: int) -> int:
+        """Blocks that a request takes in a layer with this sliding window, or None."""
+        if window is None:
+            return -(-self.context // block_tokens)
+        # Those of its own that are in flight are not yet freed, and the window begins anywhere in a block.
+        return -(-min(window - 1 + self.in_flight, self.context) // block_tokens) + 1
+
+
+def _group_size(layers: list[int]) -> int:
+    """Layers in each of vLLM's KV-cache groups, which are equally large, for as many ``layers`` of each kind."""
+    return max(layers) if max(layers) < 1.5 * min(layers) else min(layers)
+
+
 def capacity(
-    name: str, bytes_per_token: int, tail_blocks: int, shape: ModelShape, memory: int, context: int
+    name: str, bytes_per_token: int, block_tokens: int, tail_blocks: int, shape: ModelShape, memory: int, load: Load
 ) -> Capacity:
     """``bytes_per_token``: per layer and KV head, K and V together."""
-    block = bytes_per_token * PAGE_TOKENS * shape.kv_heads * shape.layers
-    blocks = memory // block
-    requests = blocks / (-(-context // PAGE_TOKENS) + tail_blocks)
+    full = shape.layers - len(shape.windows)
+    kinds = {None: full, **Counter(shape.windows)}
+    group = _group_size(list(kinds.values()))
+    # A request has its own blocks, and a ring, in each group.
+    per_request = sum(-(-n // group) * (load.blocks(w, block_tokens) + tail_blocks) for w, n in kinds.items() if n)
+    blocks = memory // (bytes_per_token * block_tokens * shape.kv_heads * group)
+    requests = blocks / per_request
     bits = bytes_per_token * 8 / (2 * shape.head_dim)
-    return Capacity(name, bits, blocks, tail_blocks, requests, int(requests * context))
+    return Capacity(name, bits, blocks, tail_blocks, requests, int(requests * load.context))
 
 
-def plan(shape: ModelShape, memory: int, context: int, speculative_tokens: int = 0) -> list[Capacity]:
-    """Capacity of ``auto`` (the model's dtype), fp8 and every preset that supports the head size."""
-    wide = 2 * shape.head_dim
+def plan(
+    shape: ModelShape, memory: int, context: int, speculative_tokens: int = 0, batched_tokens: int = 8192
+) -> list[Capacity]:
+    """Capacity of ``auto`` (the model's dtype), fp8 and every preset that supports the head size.
+
+    ``batched_tokens``: ``--max-num-batched-tokens``. Two steps are under way, as with asynchronous scheduling.
+    """
+    wide, load = 2 * shape.head_dim, Load(context, 2 * batched_tokens)
     rows = [
-        capacity("auto", wide * shape.itemsize, 0, shape, memory, context),
-        capacity("fp8", wide, 0, shape, memory, context),
+        capacity("auto", wide * shape.itemsize, _VLLM_BLOCK, 0, shape, memory, load),
+        capacity("fp8", wide, _VLLM_BLOCK, 0, shape, memory, load),
     ]
     if shape.head_dim in SUPPORTED_HEAD_DIMS:
         for name in PRESETS:
             fmt = PageFormat.preset(name, shape.head_dim)
             tail = fmt.ring_pages(shape.itemsize, speculative_tokens)
-            rows.append(capacity(name, fmt.bytes_per_token, tail, shape, memory, context))
+            rows.append(capacity(name, fmt.bytes_per_token, PAGE_TOKENS, tail, shape, memory, load))
     return rows
