@@ -50,7 +50,7 @@ def check_config(vllm_config) -> None:
         _refuse(dtype, f"the device {device}", "use an NVIDIA GPU or a CPU, or --kv-cache-dtype auto")
     _check_environment()
     _check_parallelism(vllm_config.parallel_config, dtype)
-    _check_speculation(vllm_config.speculative_config, dtype)
+    _check_speculation(vllm_config, dtype)
     if vllm_config.model_config is not None:
         _check_model(vllm_config.model_config, dtype)
         _check_windows(cache, dtype)
@@ -152,12 +152,54 @@ def _check_parallelism(parallel, dtype: str) -> None:
             _refuse(dtype, f"--{option} {size}", "remove the option")
 
 
-def _check_speculation(speculative, dtype: str) -> None:
-    if speculative is not None and speculative.method != "ngram":
+# Methods that propose tokens from what there is: they have no KV cache of their own.
+_WITHOUT_CACHE = ("ngram", "ngram_gpu", "suffix", "medusa")
+# Methods whose attention layers join the target's, in pages and rings of the same size.
+_WITH_LAYERS = ("draft_model", "eagle", "eagle3", "mtp")
+# Kinds of MTP with a drafter of their own in vLLM: one reads the target's cache, the others have sliding windows.
+_OTHER_MTP = ("gemma4_mtp", "step3p5_mtp", "inkling_mtp")
+_NO_DRAFT = "remove --speculative-config"
+
+
+def _check_speculation(vllm_config, dtype: str) -> None:
+    speculative = vllm_config.speculative_config
+    if speculative is None or speculative.method in _WITHOUT_CACHE:
+        return
+    if speculative.method not in _WITH_LAYERS:
+        methods = ", ".join((*_WITHOUT_CACHE, *_WITH_LAYERS))
         _refuse(
             dtype,
             f"speculative decoding with method {speculative.method!r}",
-            'use {"method": "ngram"} or remove --speculative-config',
+            f"use one of {methods} in --speculative-config, or remove it",
+        )
+    if speculative.parallel_drafting:
+        _refuse(dtype, "parallel drafting", 'remove "parallel_drafting" from --speculative-config')
+    if speculative.kv_cache_dtype not in (None, dtype):
+        _refuse(
+            dtype,
+            f"a drafter with another KV-cache dtype ({speculative.kv_cache_dtype})",
+            'remove "kv_cache_dtype" from --speculative-config',
+        )
+    draft = speculative.draft_model_config
+    if draft.hf_config.model_type in _OTHER_MTP:
+        _refuse(dtype, f"drafts of the kind {draft.hf_config.model_type}", _NO_DRAFT)
+    _check_model(draft, dtype, " in the drafter")
+    if vllm_config.model_config is not None:
+        _check_shape_of_draft(vllm_config, draft, dtype)
+
+
+def _check_shape_of_draft(vllm_config, draft, dtype: str) -> None:
+    """Blocks of the target's and the drafter's layers have one size."""
+    speculative, target = vllm_config.speculative_config, vllm_config.model_config
+    parallel = speculative.draft_parallel_config
+    heads = [draft.get_num_kv_heads(parallel), target.get_num_kv_heads(vllm_config.parallel_config)]
+    sizes = [draft.get_head_size(), target.get_head_size()]
+    if sizes[0] != sizes[1] or heads[0] != heads[1]:
+        remedy = f"use a drafter whose KV heads and head size are the target's, or {_NO_DRAFT}"
+        if parallel.tensor_parallel_size != vllm_config.parallel_config.tensor_parallel_size:
+            remedy = 'remove "draft_tensor_parallel_size" from --speculative-config, or ' + remedy
+        _refuse(
+            dtype, f"a drafter with {heads[0]} KV heads of {sizes[0]} beside the target's {heads[1]} of {sizes[1]}", remedy
         )
 
 
@@ -171,7 +213,30 @@ def _check_windows(cache, dtype: str) -> None:
         )
 
 
-def _check_model(model, dtype: str) -> None:
+def refuse_drafter_alone(dtype: str) -> None:
+    """A drafter with our dtype whose target has another."""
+    _refuse(
+        dtype,
+        "a drafter whose target has another KV-cache dtype",
+        f'use --kv-cache-dtype {dtype} or remove "kv_cache_dtype" from --speculative-config',
+    )
+
+
+def check_draft_group(method: str, group: int, dtype: str) -> None:
+    """Model runner V1 gives a draft model the block table of the first KV-cache group, whatever its own is.
+
+    ``group``: the index of the one that has the drafter's pages.
+    """
+    if method == "draft_model" and group:
+        _refuse(
+            dtype,
+            "a draft model whose pages are not in the first KV-cache group",
+            f"set VLLM_USE_V2_MODEL_RUNNER=1 or {_NO_DRAFT}",
+        )
+
+
+def _check_model(model, dtype: str, where: str = "") -> None:
+    """``where``: which model it is, if it is not the target."""
     text = model.hf_text_config
     layer_types = set(getattr(text, "layer_types", None) or ())
     refusals = (
@@ -185,17 +250,17 @@ def _check_model(model, dtype: str) -> None:
     )
     for what, present in refusals:
         if present:
-            _refuse(dtype, what, OTHER_MODEL)
+            _refuse(dtype, what + where, OTHER_MODEL)
     if model.is_mm_prefix_lm:
         _refuse(dtype, *_PREFIX_LM)
     if model.enable_sleep_mode:
         _refuse(dtype, "sleep mode, which would lose what the kernels keep on the GPU", "remove --enable-sleep-mode")
     head_dim = model.get_head_size()
     if head_dim not in SUPPORTED_HEAD_DIMS:
-        _refuse(dtype, f"head size {head_dim} (supported: {_HEAD_DIMS})", OTHER_MODEL)
+        _refuse(dtype, f"head size {head_dim}{where} (supported: {_HEAD_DIMS})", OTHER_MODEL)
     uneven = uneven_layers(text.to_dict())
     if uneven:
-        _refuse(dtype, uneven, OTHER_MODEL)
+        _refuse(dtype, uneven + where, OTHER_MODEL)
 
 
 # What AttentionBackend.validate_configuration may say: what it means here, and the way out.

@@ -81,6 +81,7 @@ def apply() -> None:
         patch_config_check()
         patch_attention_layer()
         patch_offloading()
+        patch_drafter()
     except Exception as error:  # whatever a changed vLLM raises
         raise _incompatible(f"{type(error).__name__}: {error}") from error
 
@@ -228,10 +229,15 @@ def patch_config_check() -> None:
     def wrapper(original):
         def check_and_update_config(cls, vllm_config):
             original(cls, vllm_config)
+            speculative = vllm_config.speculative_config
             if vllm_config.cache_config.cache_dtype in PRESETS:
                 from vllm_oscar.engine.checks import check_config
 
                 check_config(vllm_config)
+            elif speculative is not None and speculative.kv_cache_dtype in PRESETS:
+                from vllm_oscar.engine.checks import refuse_drafter_alone
+
+                refuse_drafter_alone(speculative.kv_cache_dtype)
 
         return check_and_update_config
 
@@ -319,3 +325,38 @@ def patch_offloading() -> None:
     _wrap_once(OffloadingConnectorScheduler, "__init__", wrap_init)
     _wrap_once(OffloadingConnectorScheduler, "get_num_new_matched_tokens", wrap_match)
     _wrap_once(OffloadingConnectorScheduler, "_update_req_states", wrap_states)
+
+
+def patch_drafter() -> None:
+    """Let drafters have layers in our pages (model runner V1; V2 needs nothing).
+
+    V1's takes every attention layer that came with the draft for one that it runs, so for
+    one of the page group; the rings are not.
+    """
+    from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+
+    def wrap_load(original):
+        def load_model(self, target_model):
+            original(self, target_model)
+            if self.vllm_config.cache_config.cache_dtype in PRESETS:
+                from vllm_oscar.engine.tail import OscarTail
+
+                layers = self.vllm_config.compilation_config.static_forward_context
+                rings = {name for name in self._draft_attn_layer_names if isinstance(layers[name], OscarTail)}
+                self._draft_attn_layer_names -= rings
+
+        return load_model
+
+    def wrap_initialize(original):
+        def initialize_attn_backend(self, *args, **kwargs):
+            original(self, *args, **kwargs)
+            dtype = self.vllm_config.cache_config.cache_dtype
+            if dtype in PRESETS:
+                from vllm_oscar.engine.checks import check_draft_group
+
+                check_draft_group(self.method, self.kv_cache_gid, dtype)
+
+        return initialize_attn_backend
+
+    _wrap_once(SpecDecodeBaseProposer, "load_model", wrap_load)
+    _wrap_once(SpecDecodeBaseProposer, "initialize_attn_backend", wrap_initialize)

@@ -15,7 +15,7 @@ from vllm_oscar.core.config import get_preset
 from vllm_oscar.core.format import PageFormat
 from vllm_oscar.core.lossless import LosslessFormat
 from vllm_oscar.core.softmax import Softmax
-from vllm_oscar.engine.metadata import OscarMetadata, OscarTailMetadata
+from vllm_oscar.engine.metadata import OscarMetadata, OscarTailMetadata, appended_tokens
 from vllm_oscar.engine.refusal import OTHER_MODEL, UnsupportedByOscar
 from vllm_oscar.ops import select
 from vllm_oscar.ops.step import Cache, HostLengths, Limits, Step
@@ -104,7 +104,7 @@ class OscarImpl(AttentionImpl[OscarMetadata]):
         return Limits(
             requests=vllm_config.scheduler_config.max_num_seqs,
             tokens=vllm_config.scheduler_config.max_num_batched_tokens,
-            decode_query_len=1 + vllm_config.num_speculative_tokens,
+            decode_query_len=1 + vllm_config.num_speculative_tokens + appended_tokens(vllm_config),
             query_heads=self.num_heads,
             kv_heads=self.num_kv_heads,
             dtype=vllm_config.model_config.dtype,
@@ -140,7 +140,7 @@ class OscarImpl(AttentionImpl[OscarMetadata]):
         """
         if attn_metadata is None:  # memory profiling
             return output.fill_(0)
-        step = attn_metadata.step(self._tail_metadata(), self.sliding_window, self._plan)
+        step = attn_metadata.step(attn_metadata.tail or self._tail_metadata(), self.sliding_window, self._plan)
         cache = self._cache(kv_cache)
         tokens = attn_metadata.num_actual_tokens
         query, key, value, out = query[:tokens], key[:tokens], value[:tokens], output[:tokens]

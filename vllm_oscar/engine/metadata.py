@@ -3,6 +3,11 @@
 
 vLLM builds metadata per group, but an operation needs both groups' tables: the first layer
 of a step joins them into the :class:`~vllm_oscar.ops.step.Step` that all layers share.
+
+Drafts. Model runner V2 builds both groups' metadata for every step of a drafter, or, where it
+captures all of them in one CUDA graph, lets :meth:`update_draft_decode_metadata` bring it up to
+date. V1 asks the page group alone (:meth:`OscarMetadataBuilder.build_for_drafting`); the ring's
+side then comes from the table of the target's step before it, which had the same requests.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import torch
+from vllm.config import VllmConfig
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionMetadata,
@@ -24,6 +30,9 @@ from vllm_oscar.core.format import PageFormat
 from vllm_oscar.ops import select
 from vllm_oscar.ops.step import HostLengths, Step
 
+DRAFT_MODEL = "draft_model."
+"""How the layers of a draft model are called; those of EAGLE and MTP continue the target's."""
+
 
 @dataclass
 class OscarTailMetadata(AttentionMetadata):
@@ -32,10 +41,13 @@ class OscarTailMetadata(AttentionMetadata):
     Attributes:
         ring_table: ``[R, pages + 1 or more]``, a request's ring and its hit marker.
         ring_start: ``[R]`` first position that is read from the ring.
+        query_start_loc, seq_lens: what ``ring_start`` was computed from.
     """
 
     ring_table: torch.Tensor
     ring_start: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
 
 
 @dataclass
@@ -49,6 +61,7 @@ class OscarMetadata(AttentionMetadata):
         seq_lens: ``[R]``, the step's tokens included.
         page_table: ``[R, M]``.
         host: the same lengths on the host.
+        tail: of a drafter's step, where vLLM builds no metadata for the ring group.
     """
 
     num_actual_tokens: int
@@ -57,6 +70,7 @@ class OscarMetadata(AttentionMetadata):
     seq_lens: torch.Tensor
     page_table: torch.Tensor
     host: HostLengths
+    tail: OscarTailMetadata | None = None
     _steps: dict[tuple[int, int | None], tuple[OscarTailMetadata, Step]] = field(default_factory=dict, repr=False)
 
     def step(self, tail: OscarTailMetadata, sliding_window: int | None, plan) -> Step:
@@ -93,13 +107,27 @@ def ring_start(context: torch.Tensor, hit_tokens: torch.Tensor, window: int) -> 
     return torch.maximum((context - window).clamp(min=0), hit_tokens)
 
 
+def appended_tokens(vllm_config: VllmConfig) -> int:
+    """Tokens that a drafter adds to the target's before its first step.
+
+    EAGLE and MTP replace the target's tokens by the next ones; a draft model reads the same
+    tokens and the sampled one.
+    """
+    speculative = vllm_config.speculative_config
+    return int(speculative is not None and speculative.method == "draft_model")
+
+
 class OscarMetadataBuilder(AttentionMetadataBuilder[OscarMetadata]):
     """Builds the metadata of the page group."""
+
+    supports_draft_decode_metadata_update = True
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         # Decodes and verification steps first, as the attention kernels of decodes expect.
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        of_draft = all(name.startswith(DRAFT_MODEL) for name in layer_names)
+        self._appended = appended_tokens(vllm_config) if of_draft else 0
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
@@ -113,6 +141,8 @@ class OscarMetadataBuilder(AttentionMetadataBuilder[OscarMetadata]):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> OscarMetadata:
         common = common_attn_metadata
+        # vLLM appends a draft model's token to all but the upper bounds.
+        bounds, appended = common.seq_lens_cpu_upper_bound, self._appended
         return OscarMetadata(
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
@@ -121,10 +151,20 @@ class OscarMetadataBuilder(AttentionMetadataBuilder[OscarMetadata]):
             page_table=common.block_table_tensor,
             host=HostLengths(
                 query_start_loc=common.query_start_loc_cpu,
-                seq_lens=common.seq_lens_cpu_upper_bound,
-                decode_query_len=self.reorder_batch_threshold,
+                seq_lens=bounds + appended if appended else bounds,
+                decode_query_len=self.reorder_batch_threshold + appended,
             ),
         )
+
+    def build_for_drafting(self, common_attn_metadata: CommonAttentionMetadata, draft_index: int) -> OscarMetadata:
+        """A step of V1's drafter, which has its page layers alone in mind."""
+        metadata = self.build(0, common_attn_metadata)
+        tail = self.vllm_config.compilation_config.static_forward_context[self.layer_names[0]].oscar_tail
+        metadata.tail = tail.builder.build_for_drafting(common_attn_metadata, draft_index)
+        return metadata
+
+    def update_draft_decode_metadata(self, metadata: OscarMetadata) -> None:
+        """Nothing to do: all that a step of decodes reads are tensors that vLLM updates itself."""
 
 
 class _Newest(NamedTuple):
@@ -145,6 +185,8 @@ class OscarTailMetadataBuilder(AttentionMetadataBuilder[OscarTailMetadata]):
 
     _newest: ClassVar[_Newest | None] = None
 
+    supports_draft_decode_metadata_update = True
+
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
@@ -153,6 +195,9 @@ class OscarTailMetadataBuilder(AttentionMetadataBuilder[OscarTailMetadata]):
         captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         rows = max(vllm_config.scheduler_config.max_num_seqs, captured)
         self._ring_start = torch.zeros(rows, dtype=torch.int32, device=device)
+        self._table: torch.Tensor | None = None
+        for name in layer_names:
+            vllm_config.compilation_config.static_forward_context[name].builder = self
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
@@ -162,6 +207,7 @@ class OscarTailMetadataBuilder(AttentionMetadataBuilder[OscarTailMetadata]):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> OscarTailMetadata:
         common = common_attn_metadata
+        self._table = common.block_table_tensor
         newest = OscarTailMetadataBuilder._newest
         # A builder comes again only in another step, for which vLLM may have changed the same tensors.
         if (
@@ -170,15 +216,28 @@ class OscarTailMetadataBuilder(AttentionMetadataBuilder[OscarTailMetadata]):
             or newest.query_start_loc is not common.query_start_loc
             or newest.seq_lens is not common.seq_lens
         ):
-            newest = _Newest(self, common.query_start_loc, common.seq_lens, self._compute_ring_start(common))
-            OscarTailMetadataBuilder._newest = newest
-        return OscarTailMetadata(ring_table=common.block_table_tensor, ring_start=newest.ring_start)
+            requests = common.seq_lens.shape[0]
+            if requests > self._ring_start.shape[0]:
+                raise RuntimeError(
+                    f"a step of {requests} requests, but only {self._ring_start.shape[0]} were announced"
+                )
+            start = self._metadata(common, self._ring_start[:requests]).ring_start
+            newest = OscarTailMetadataBuilder._newest = _Newest(self, common.query_start_loc, common.seq_lens, start)
+        return OscarTailMetadata(self._table, newest.ring_start, common.query_start_loc, common.seq_lens)
 
-    def _compute_ring_start(self, common: CommonAttentionMetadata) -> torch.Tensor:
-        """``[R]``, in memory of this builder."""
-        table, starts, requests = common.block_table_tensor, common.query_start_loc, common.seq_lens.shape[0]
-        context = common.seq_lens - (starts[1:] - starts[:-1])
-        hit_tokens = table[:requests, self.kv_cache_spec.pages] * PAGE_TOKENS
-        if requests > self._ring_start.shape[0]:
-            raise RuntimeError(f"a step of {requests} requests, but only {self._ring_start.shape[0]} were announced")
-        return self._ring_start[:requests].copy_(ring_start(context, hit_tokens, self._window))
+    def build_for_drafting(self, common_attn_metadata: CommonAttentionMetadata, draft_index: int) -> OscarTailMetadata:
+        """For the requests of the newest step, whose table this is; V1 captures no drafts, so in memory of its own."""
+        return self._metadata(common_attn_metadata, torch.empty_like(common_attn_metadata.seq_lens))
+
+    def update_draft_decode_metadata(self, metadata: OscarTailMetadata) -> None:
+        """Compute ``ring_start`` anew, in place, after vLLM has changed the lengths in place."""
+        starts = metadata.query_start_loc
+        context = metadata.seq_lens - (starts[1:] - starts[:-1])
+        hit_tokens = metadata.ring_table[: context.shape[0], self.kv_cache_spec.pages] * PAGE_TOKENS
+        metadata.ring_start.copy_(ring_start(context, hit_tokens, self._window))
+
+    def _metadata(self, common: CommonAttentionMetadata, start: torch.Tensor) -> OscarTailMetadata:
+        """With ``ring_start`` in ``start``."""
+        metadata = OscarTailMetadata(self._table, start, common.query_start_loc, common.seq_lens)
+        self.update_draft_decode_metadata(metadata)
+        return metadata

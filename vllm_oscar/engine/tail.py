@@ -12,6 +12,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from vllm_oscar.core.config import PAGE_TOKENS
 from vllm_oscar.engine.backend import OscarTailBackend
+from vllm_oscar.engine.metadata import OscarTailMetadataBuilder
 from vllm_oscar.engine.scheduler import OscarTailSpec
 
 
@@ -20,7 +21,12 @@ class OscarTail(nn.Module, AttentionLayerBase):
 
     Registered in ``static_forward_context`` under ``<layer>.oscar_tail``, which is all
     that vLLM needs to give it a KV-cache group, a block table and memory.
+
+    Attributes:
+        builder: of the ring group's metadata; vLLM makes it after it has bound the memory.
     """
+
+    builder: OscarTailMetadataBuilder
 
     def __init__(self, attention: nn.Module, vllm_config: VllmConfig) -> None:
         super().__init__()
