@@ -116,8 +116,9 @@ class EngineHost:
         Returns:
             One dict per prompt: ``outputs`` (per sample: ``tokens``, ``logprobs`` as a list of
             {token: logprob}, ``finish``), ``cached`` (tokens hit in the prefix cache),
-            ``arrivals`` (engine steps that delivered something) and ``chunks``: what the
-            scheduler ran as ``[context, tokens]``.
+            ``arrivals`` (engine steps that delivered something), ``chunks``: what the
+            scheduler ran as ``[context, tokens]``, and ``drafts``: the drafted tokens of each
+            step that verified some.
         """
         sampling = {"temperature": 0.0, "max_tokens": max_tokens, "logprobs": 10, "ignore_eos": True} | options
         return self._call("run", prompts=prompts, sampling=sampling, abort=abort or {})
@@ -169,6 +170,7 @@ class _Engine:
         self.llm = None
         self.count = 0
         self.scheduled: dict[str, list[list[int]]] = {}
+        self.drafted: dict[str, list[list[int]]] = {}
 
     def install(self, module: str) -> None:
         importlib.import_module(module).install()
@@ -204,6 +206,8 @@ class _Engine:
             contexts |= dict(zip(cached.req_ids, cached.num_computed_tokens))
             for request, tokens in output.num_scheduled_tokens.items():
                 self.scheduled.setdefault(request, []).append([contexts[request], tokens])
+            for request, tokens in output.scheduled_spec_decode_tokens.items():
+                self.drafted.setdefault(request, []).append(list(tokens))
             return output
 
         scheduler.schedule = schedule
@@ -217,6 +221,7 @@ class _Engine:
             sampling["output_kind"] = RequestOutputKind.DELTA
         engine, results, index_of = self.llm.llm_engine, [], {}
         self.scheduled.clear()
+        self.drafted.clear()
         for index, prompt in enumerate(prompts):
             self.count += 1
             name = f"request-{self.count}"
@@ -241,7 +246,7 @@ class _Engine:
         for name, chunks in self.scheduled.items():  # the engine appends to the names it was given
             owner = next((n for n in index_of if name == n or name.startswith(n + "-")), None)
             if owner:
-                results[index_of[owner]]["chunks"] = chunks
+                results[index_of[owner]] |= {"chunks": chunks, "drafts": self.drafted.get(name, [])}
         return results
 
     @staticmethod

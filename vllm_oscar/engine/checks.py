@@ -198,9 +198,8 @@ def _check_shape_of_draft(vllm_config, draft, dtype: str) -> None:
         remedy = f"use a drafter whose KV heads and head size are the target's, or {_NO_DRAFT}"
         if parallel.tensor_parallel_size != vllm_config.parallel_config.tensor_parallel_size:
             remedy = 'remove "draft_tensor_parallel_size" from --speculative-config, or ' + remedy
-        _refuse(
-            dtype, f"a drafter with {heads[0]} KV heads of {sizes[0]} beside the target's {heads[1]} of {sizes[1]}", remedy
-        )
+        what = f"a drafter with {heads[0]} KV heads of {sizes[0]} beside the target's {heads[1]} of {sizes[1]}"
+        _refuse(dtype, what, remedy)
 
 
 def _check_windows(cache, dtype: str) -> None:

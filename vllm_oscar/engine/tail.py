@@ -40,7 +40,12 @@ class OscarTail(nn.Module, AttentionLayerBase):
         context = vllm_config.compilation_config.static_forward_context
         if self.prefix in context:
             raise ValueError(f"duplicate layer name: {self.prefix}")
+        others = any(isinstance(layer, OscarTail) for layer in context.values())
         context[self.prefix] = self
+        if others:
+            # A layer comes behind its ring, so that the last one has pages: vLLM 0.31 and 0.32 take its group for
+            # that of MTP's drafts. The first layer comes before it: V1 gives draft models the first group's table.
+            context[attention.layer_name] = context.pop(attention.layer_name)
         attention.impl.tail = self
 
     def get_attn_backend(self):

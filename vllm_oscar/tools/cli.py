@@ -32,6 +32,7 @@ def plan(
     context: Annotated[int, typer.Option(min=1, help="Tokens per request (--max-model-len).")] = 32768,
     tensor_parallel: Annotated[int, typer.Option("--tensor-parallel-size", "-tp", min=1)] = 1,
     speculative_tokens: Annotated[int, typer.Option(min=0, help="num_speculative_tokens, if any.")] = 0,
+    draft_layers: Annotated[int, typer.Option(min=0, help="Attention layers of a drafter: 1 of EAGLE or MTP.")] = 0,
     batched_tokens: Annotated[
         int, typer.Option("--max-num-batched-tokens", min=1, help="Of a step; matters with sliding windows.")
     ] = 8192,
@@ -41,14 +42,17 @@ def plan(
 
     try:
         shape = planner.ModelShape.load(model, tensor_parallel)
-        rows = planner.plan(shape, planner.parse_bytes(memory), context, speculative_tokens, batched_tokens)
+        rows = planner.plan(
+            shape, planner.parse_bytes(memory), context, speculative_tokens, draft_layers, batched_tokens
+        )
     except ValueError as error:
         _fail(str(error))
     base = rows[0]
-    windows = f" ({len(shape.windows)} with a sliding window)" if shape.windows else ""
+    layers = f"{shape.layers} layers" + (f" ({len(shape.windows)} with a sliding window)" if shape.windows else "")
+    layers += f" and {draft_layers} of a drafter" if draft_layers else ""
     title = (
         f"{escape(memory)} for the KV cache, {context:,} tokens per request; "
-        f"{shape.layers} layers{windows}, {shape.kv_heads} KV heads per rank, head_dim {shape.head_dim}"
+        f"{layers}, {shape.kv_heads} KV heads per rank, head_dim {shape.head_dim}"
     )
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("dtype", no_wrap=True)

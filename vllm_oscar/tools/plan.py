@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vllm_oscar.core.config import PAGE_TOKENS, PRESETS, SUPPORTED_HEAD_DIMS
@@ -171,12 +171,19 @@ def capacity(
 
 
 def plan(
-    shape: ModelShape, memory: int, context: int, speculative_tokens: int = 0, batched_tokens: int = 8192
+    shape: ModelShape,
+    memory: int,
+    context: int,
+    speculative_tokens: int = 0,
+    draft_layers: int = 0,
+    batched_tokens: int = 8192,
 ) -> list[Capacity]:
     """Capacity of ``auto`` (the model's dtype), fp8 and every preset that supports the head size.
 
+    ``draft_layers``: attention layers of a drafter, each as large as one of the model's.
     ``batched_tokens``: ``--max-num-batched-tokens``. Two steps are under way, as with asynchronous scheduling.
     """
+    shape = replace(shape, layers=shape.layers + draft_layers)
     wide, load = 2 * shape.head_dim, Load(context, 2 * batched_tokens)
     rows = [
         capacity("auto", wide * shape.itemsize, _VLLM_BLOCK, 0, shape, memory, load),

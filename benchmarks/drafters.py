@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small drafters for the demo model, made from its own weights: one of each kind that vLLM knows.
+"""Small drafters for the demo model, made from its own weights: one of each kind that has layers of its own.
 
-None is trained. Each says what the demo model says often enough for its accepted tokens to
-depend on what it reads from its KV cache.
+None is trained, but what each drafts depends on what it reads from its KV cache: the draft
+model and EAGLE are right most times or half the time; of EAGLE-3 and MTP look at what they
+draft, which is seldom right.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from vllm_engine import MODEL
 
+MODEL = Path(__file__).resolve().parent.parent / "examples" / "demo_model"
 CONFIG = json.loads((MODEL / "config.json").read_text())
 HIDDEN, LAYERS = CONFIG["hidden_size"], CONFIG["num_hidden_layers"]
 
@@ -67,29 +68,55 @@ def eagle(folder: Path) -> str:
 
 
 def eagle3(folder: Path) -> str:
-    """EAGLE-3: a layer of the demo model between what the target's layers say and its head."""
+    """EAGLE-3: a layer of the demo model, its attention four times as loud, on what a layer before it says."""
     weights = _weights()
     layer = _layer(weights, LAYERS - 1, "midlayer.")
     for name in ("q_proj", "k_proj", "v_proj"):
         weight = layer[f"midlayer.self_attn.{name}.weight"]
         layer[f"midlayer.self_attn.{name}.weight"] = torch.cat([0.5 * weight, weight], 1)
     layer["midlayer.hidden_norm.weight"] = layer["midlayer.input_layernorm.weight"]
-    merge = torch.cat([torch.zeros(HIDDEN, 2 * HIDDEN), torch.eye(HIDDEN)], 1)
+    layer["midlayer.self_attn.o_proj.weight"] *= 4
+    merge = torch.cat([torch.zeros(HIDDEN, 2 * HIDDEN), 0.1 * torch.eye(HIDDEN)], 1)
     rest = {"fc.weight": merge, "norm.weight": weights["model.norm.weight"]}
     rest["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    architecture = ["LlamaForCausalLMEagle3"]
-    return _save(folder, layer | rest, architectures=architecture, num_hidden_layers=1, draft_vocab_size=8192)
+    config = {"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1, "draft_vocab_size": 8192}
+    return _save(folder, layer | rest, **config, eagle_aux_hidden_state_layer_ids=[1, 3, LAYERS - 1])
 
 
 def mtp(folder: Path) -> str:
-    """Multi-token prediction as Ernie 4.5 has it: a layer on the sum of hidden state and next embedding."""
+    """Multi-token prediction as Ernie 4.5 has it: such a layer on hidden state and next embedding.
+
+    vLLM asks the target's configuration for ``num_nextn_predict_layers`` (1).
+    """
     weights = _weights()
     block = _layer(weights, LAYERS - 1, "model.mtp_block.0.")
+    block["model.mtp_block.0.self_attn.o_proj.weight"] *= 4
     rest = {
         "model.mtp_emb_norm.0.weight": torch.ones(HIDDEN),
         "model.mtp_hidden_norm.0.weight": torch.ones(HIDDEN),
-        "model.mtp_linear_proj.0.weight": torch.cat([torch.eye(HIDDEN), torch.eye(HIDDEN)], 1),
+        "model.mtp_linear_proj.0.weight": torch.cat([0.1 * torch.eye(HIDDEN), torch.eye(HIDDEN)], 1),
         "model.embed_tokens.weight": weights["model.embed_tokens.weight"],
     }
     ernie = {"architectures": ["Ernie4_5_MoeForCausalLM"], "model_type": "ernie4_5_moe", "num_nextn_predict_layers": 1}
     return _save(folder, block | rest, **ernie)
+
+
+SPECULATION = {
+    "same": {"method": "draft_model"},  # the target itself
+    "noisy": {"method": "draft_model"},
+    "eagle": {"method": "eagle"},
+    "eagle3": {"method": "eagle3"},
+    "mtp": {"method": "mtp"},
+}
+"""What vLLM is told of each kind, besides the checkpoint and the number of tokens."""
+
+
+def options(kind: str, folder: Path, tokens: int) -> dict:
+    """Engine arguments for the demo model with one kind of drafter, whose checkpoint is made in ``folder`` once."""
+    makers = {"noisy": noisy, "eagle": eagle, "eagle3": eagle3, "mtp": mtp}
+    path = folder / kind
+    if kind in makers and not path.exists():
+        makers[kind](path)
+    model = str(path if kind in makers else MODEL)
+    config = SPECULATION[kind] | {"model": model, "num_speculative_tokens": tokens}
+    return {"speculative_config": config} | ({"hf_overrides": {"num_nextn_predict_layers": 1}} if kind == "mtp" else {})
