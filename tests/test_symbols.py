@@ -148,13 +148,17 @@ SHORT_NAMES = {  # of variables, in that file
     "checks.py": {
         "attention": "AttentionConfig",
         "cache": "CacheConfig",
+        "draft": "ModelConfig",
         "layer": "Attention",
         "model": "ModelConfig",
         "other": "Attention",
         "parallel": "ParallelConfig",
         "speculative": "SpeculativeConfig",
         "transfer": "KVTransferConfig",
+        "target": "ModelConfig",
     },
+    "compat.py": {"speculative": "SpeculativeConfig"},
+    "metadata.py": {"speculative": "SpeculativeConfig"},
     "tail.py": {"attention": "Attention"},
 }
 

@@ -276,20 +276,100 @@ def test_offloading_with_another_vllm(refusal):
         assert_sentence(refusal(kv_offloading_size=1.0), what, "VLLM_USE_SIMPLE_KV_OFFLOAD=1")
 
 
-@pytest.mark.parametrize("method", ["draft_model", "eagle", "mtp", "suffix", "medusa"])
-def test_speculation_other_than_ngram(method):
-    """At the level of the check: vLLM wants a draft model's files before it gets there."""
+@pytest.mark.parametrize("method", ["dflash", "dspark", "extract_hidden_states", "custom_class", "mlp_speculator"])
+def test_other_methods_of_speculation(method):
+    """At the level of the check: vLLM wants a drafter's files before it gets there."""
     with pytest.raises(UnsupportedByOscar) as caught:
-        checks._check_speculation(SimpleNamespace(method=method), "oscar")
-    assert_sentence(str(caught.value), method, '{"method": "ngram"}')
+        checks._check_speculation(SimpleNamespace(speculative_config=SimpleNamespace(method=method)), "oscar")
+    assert_sentence(str(caught.value), repr(method), "eagle3, mtp in --speculative-config")
 
 
-def test_a_draft_model_is_refused_by_the_engine(refusal, tmp_path):
-    draft = tmp_path / "draft"
-    draft.mkdir()
-    (draft / "config.json").write_text(json.dumps(LLAMA))
-    speculation = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 2}
-    assert_sentence(refusal(speculative_config=speculation), "draft_model", '{"method": "ngram"}')
+@pytest.mark.parametrize("method", ["ngram", "ngram_gpu", "suffix", "medusa"])
+def test_speculation_without_a_cache_is_accepted(method):
+    checks._check_speculation(SimpleNamespace(speculative_config=SimpleNamespace(method=method)), "oscar")
+
+
+@pytest.fixture
+def drafting(tmp_path):
+    """``drafting(config, **options)``: engine arguments for a draft model."""
+
+    def arguments(config: dict | None = None, **options) -> dict:
+        draft = tmp_path / "draft"
+        draft.mkdir()
+        (draft / "config.json").write_text(json.dumps(LLAMA | (config or {})))
+        speculation = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 2}
+        return {"speculative_config": speculation | options}
+
+    return arguments
+
+
+def test_a_draft_model_is_accepted(refusal, drafting):
+    assert refusal.create(**drafting()).speculative_config.method == "draft_model"
+
+
+@pytest.mark.parametrize(
+    "config, options, what, remedy",
+    [
+        pytest.param(
+            {"num_key_value_heads": 1}, {}, "a drafter with 1 KV heads of 128 beside the target's 2 of 128",
+            "use a drafter whose KV heads and head size are the target's, or remove --speculative-config", id="heads",
+        ),
+        pytest.param(
+            {"head_dim": 64}, {}, "a drafter with 2 KV heads of 64 beside the target's 2 of 128",
+            "use a drafter whose KV heads and head size are the target's", id="head size",
+        ),
+        pytest.param({"head_dim": 72}, {}, "head size 72 in the drafter", OTHER_MODEL, id="unsupported head size"),
+        pytest.param(
+            {}, {"kv_cache_dtype": "auto"}, "a drafter with another KV-cache dtype (auto)",
+            'remove "kv_cache_dtype" from --speculative-config', id="dtype",
+        ),
+        pytest.param(
+            {"pard_token": 3}, {"parallel_drafting": True}, "parallel drafting", 'remove "parallel_drafting"',
+            id="parallel",
+        ),
+    ],
+)  # fmt: skip
+def test_a_draft_model_that_does_not_fit(refusal, drafting, config, options, what, remedy):
+    assert_sentence(refusal(**drafting(config, **options)), what, remedy)
+
+
+def test_fewer_ranks_for_the_drafter_name_their_option(refusal, drafting):
+    """At the level of the check: vLLM refuses it for a draft model, but not for EAGLE."""
+    config = refusal.create(**drafting(), tensor_parallel_size=2)
+    config.speculative_config.draft_parallel_config.tensor_parallel_size = 1
+    with pytest.raises(UnsupportedByOscar) as caught:
+        checks._check_speculation(config, "oscar")
+    what = "a drafter with 2 KV heads of 128 beside the target's 1 of 128"
+    assert_sentence(str(caught.value), what, 'remove "draft_tensor_parallel_size"')
+
+
+@pytest.mark.parametrize("kind", ["gemma4_mtp", "step3p5_mtp", "inkling_mtp"])
+def test_kinds_of_mtp_with_a_drafter_of_their_own(refusal, drafting, kind):
+    config = refusal.create(**drafting())
+    config.speculative_config.draft_model_config.hf_config.model_type = kind
+    with pytest.raises(UnsupportedByOscar) as caught:
+        checks._check_speculation(config, "oscar")
+    assert_sentence(str(caught.value), kind, "remove --speculative-config")
+
+
+def test_a_drafter_in_our_pages_beside_another_target(refusal, drafting):
+    """vLLM up to 0.32 does not know our dtypes there, so the setting is made behind its back."""
+    from vllm.platforms import current_platform
+
+    config = refusal.create(**drafting(), kv_cache_dtype="auto")
+    config.speculative_config.kv_cache_dtype = "oscar"
+    with pytest.raises(UnsupportedByOscar) as caught:
+        current_platform.check_and_update_config(config)
+    what = "a drafter whose target has another KV-cache dtype"
+    assert_sentence(str(caught.value), what, "use --kv-cache-dtype oscar")
+
+
+def test_a_draft_model_whose_pages_are_not_the_first_group():
+    checks.check_draft_group("draft_model", 0, "oscar")
+    checks.check_draft_group("eagle", 1, "oscar")
+    with pytest.raises(UnsupportedByOscar) as caught:
+        checks.check_draft_group("draft_model", 1, "oscar")
+    assert_sentence(str(caught.value), "a draft model whose pages are not", "set VLLM_USE_V2_MODEL_RUNNER=1")
 
 
 def test_ngram_speculation_is_accepted(refusal):

@@ -21,7 +21,7 @@ class Symbol(NamedTuple):
         module: below ``vllm``; ``PLATFORM`` is the class of the running platform.
         name: in that module.
         names: first parameters in their order, or fields of a class in any order.
-        sets: attributes that ``__init__`` gives the instance.
+        sets: attributes that the method, most times ``__init__``, gives the instance.
     """
 
     module: str
@@ -68,6 +68,25 @@ ALWAYS = (
         ),
     ),
     Symbol("model_executor.layers.attention.attention", "Attention.get_kv_cache_spec", ("self", "vllm_config")),
+    Symbol("v1.spec_decode.llm_base_proposer", "SpecDecodeBaseProposer"),
+    Symbol(
+        "v1.spec_decode.llm_base_proposer",
+        "SpecDecodeBaseProposer.__init__",
+        ("self", "vllm_config", "device"),
+        sets=("vllm_config", "method"),
+    ),
+    Symbol(
+        "v1.spec_decode.llm_base_proposer",
+        "SpecDecodeBaseProposer.load_model",
+        ("self", "target_model"),
+        sets=("_draft_attn_layer_names",),
+    ),
+    Symbol(
+        "v1.spec_decode.llm_base_proposer",
+        "SpecDecodeBaseProposer.initialize_attn_backend",
+        ("self", "kv_cache_config"),
+        sets=("kv_cache_gid",),
+    ),
     # checks.py
     Symbol("config", "set_current_vllm_config", ("vllm_config",)),
     Symbol("config.attention", "AttentionConfig", ("backend", "backend_per_kind")),
@@ -117,6 +136,7 @@ ALWAYS = (
         Symbol("config.model", f"ModelConfig.{name}")
         for name in (
             "get_head_size",
+            "get_num_kv_heads",
             "is_attention_free",
             "is_encoder_decoder",
             "is_hybrid",
@@ -131,7 +151,11 @@ ALWAYS = (
         ("decode_context_parallel_size", "prefill_context_parallel_size", "tensor_parallel_size"),
     ),
     Symbol("config.scheduler", "SchedulerConfig", ("max_num_batched_tokens", "max_num_seqs")),
-    Symbol("config.speculative", "SpeculativeConfig", ("method",)),
+    Symbol(
+        "config.speculative",
+        "SpeculativeConfig",
+        ("draft_model_config", "draft_parallel_config", "kv_cache_dtype", "method", "parallel_drafting"),
+    ),
     # scheduler.py, tail.py
     Symbol("model_executor.layers.attention_layer_base", "AttentionLayerBase"),
     Symbol("model_executor.layers.attention_layer_base", "AttentionLayerBase.get_attn_backend", ("self",)),
@@ -203,7 +227,7 @@ ALWAYS = (
         "v1.attention.backend",
         "AttentionMetadataBuilder.__init__",
         ("self", "kv_cache_spec", "layer_names", "vllm_config", "device"),
-        sets=("device", "kv_cache_spec"),
+        sets=("device", "kv_cache_spec", "layer_names", "vllm_config"),
     ),
     Symbol(
         "v1.attention.backend",
@@ -216,6 +240,13 @@ ALWAYS = (
         ("self", "reorder_batch_threshold", "supports_spec_as_decode"),
     ),
     Symbol("v1.attention.backend", "AttentionMetadataBuilder.get_cudagraph_support", ("cls", "vllm_config")),
+    Symbol(
+        "v1.attention.backend",
+        "AttentionMetadataBuilder.build_for_drafting",
+        ("self", "common_attn_metadata", "draft_index"),
+    ),
+    Symbol("v1.attention.backend", "AttentionMetadataBuilder.supports_draft_decode_metadata_update"),
+    Symbol("v1.attention.backend", "AttentionMetadataBuilder.update_draft_decode_metadata", ("self", "metadata")),
     Symbol("v1.attention.backend", "AttentionMetadataBuilder.reorder_batch_threshold"),
     Symbol(
         "v1.attention.backend",
