@@ -2,6 +2,7 @@
 """vLLM end to end on a GPU: is it right, how fast is a decode step, how much is served.
 
     python benchmarks/vllm_gpu.py check
+    python benchmarks/vllm_gpu.py drafts --jobs 6
     python benchmarks/vllm_gpu.py offload --json benchmarks/results/vllm-offload-h100.json
     python benchmarks/vllm_gpu.py speed --json benchmarks/results/vllm-h200.json
     python benchmarks/vllm_gpu.py prefix --json benchmarks/results/vllm-prefix-h100.json
@@ -9,6 +10,8 @@
 ``check`` uses the demo model: with the lossless codec, logprobs are those of ``auto``, within bf16 rounding;
 with INT2, the facts of its recall prompts come back: eager, with full and piecewise
 CUDA graphs, under both model runners, with n-gram speculation and, on request, on several GPUs.
+``drafts`` drafts for the demo model with itself and with an EAGLE made from its weights, in OScaR pages, and
+compares how many drafted tokens are accepted with ``auto``, under both runners, with piecewise and full CUDA graphs.
 ``offload`` fills the cache on the GPU with NaN, so that prefixes come back from host memory, and compares.
 ``speed`` uses a model of Qwen3-8B's shape with dummy weights (speed and memory are
 real, text means nothing). Each engine runs in a process of its own; ``check`` can run several
@@ -25,6 +28,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -132,6 +136,19 @@ def job_offload(llm) -> dict:
     return {"rounds": rounds, "seconds": seconds, **hits}
 
 
+def job_drafts(llm) -> dict:
+    """Greedy continuations of block-edge lengths, twice (prefix hits): how many drafted tokens were accepted."""
+    from vllm_oscar.tools.recall import long_prompt
+
+    ids = llm.get_tokenizer()(long_prompt(380), add_special_tokens=False).input_ids
+    lengths = (5, 127, 128, 129, 300, 640, 1000, 2000)
+    prompts = [{"prompt_token_ids": [0, *ids[n : 2 * n - 1]]} for n in lengths]
+    rounds = [_logprobs(llm, prompts, 64) for _ in range(2)]
+    counted = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    names = ("accepted", "draft")
+    return {"rounds": rounds} | {name: counted[f"vllm:spec_decode_num_{name}_tokens"] for name in names}
+
+
 def job_speed(llm, context: int, prefill: int, length: int, requests: int, output: int) -> dict:
     """One request's prefill and decode step, then a batch of requests that do not all fit."""
     import torch
@@ -178,7 +195,7 @@ def job_prefix(llm, shared: int, own: int, requests: int) -> dict:
     return {"step_s": sorted(times[1:])[2], "all_s": times}
 
 
-JOBS = {"check": job_check, "offload": job_offload, "speed": job_speed, "prefix": job_prefix}
+JOBS = {"check": job_check, "drafts": job_drafts, "offload": job_offload, "speed": job_speed, "prefix": job_prefix}
 
 
 def run_job(spec: dict) -> None:
@@ -394,6 +411,73 @@ def offload(
             table.add_row(name, base, "failed", "", "", "")
             record["runs"][name] = {"failed": True}
         failed |= not passed
+    console.print(table)
+    if json_file:
+        write_json(json_file, record)
+    if failed:
+        raise typer.Exit(1)
+
+
+V1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+PIECEWISE = {"cudagraph_mode": "PIECEWISE"}
+DRAFT_MODES = {
+    "V1 eager": dict(environment=V1, enforce_eager=True),
+    "V1 piecewise": dict(environment=V1, compilation_config=PIECEWISE),
+    "V1 full": dict(environment=V1),
+    "V2 eager": dict(environment=V2, enforce_eager=True),
+    "V2 piecewise": dict(environment=V2, compilation_config=PIECEWISE),
+    "V2 full": dict(environment=V2),
+}
+
+
+@app.command()
+def drafts(
+    kinds: Annotated[str, typer.Option(help="Drafters: same (the target), noisy, eagle, eagle3, mtp.")] = "same,eagle",
+    modes: Annotated[str, typer.Option(help="Model runners and CUDA graphs.")] = ",".join(DRAFT_MODES),
+    tokens: Annotated[int, typer.Option(help="Drafted at a time.")] = 4,
+    timeout: Annotated[float, typer.Option(help="Seconds per engine.")] = 150,
+    jobs: Annotated[int, typer.Option(help="Engines that run at a time.")] = 1,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where the record goes.")] = None,
+) -> None:
+    """Drafters in OScaR pages: fails if a run fails or accepts less than 95 % of what auto does, 98 % if lossless."""
+    from benchmarks import drafters
+
+    common = dict(max_model_len=4096, kv_cache_memory_bytes=1 << 30, max_num_seqs=16, gpu_memory_utilization=0.15,
+                  model=str(drafters.MODEL), disable_log_stats=False)  # fmt: skip
+    dtypes = {
+        "auto": dict(kv_cache_dtype="auto"),
+        "oscar lossless": dict(kv_cache_dtype="oscar", environment={"VLLM_OSCAR_CODEC": "lossless"}),
+        "oscar": dict(kv_cache_dtype="oscar"),
+    }
+    runs = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, mode, dtype in product(kinds.split(","), modes.split(","), dtypes):
+            if dtype != "oscar lossless" or mode.endswith("eager"):  # that codec has no CUDA graphs
+                options = {**DRAFT_MODES[mode], **dtypes[dtype], **drafters.options(kind, Path(folder), tokens)}
+                both = (DRAFT_MODES[mode], dtypes[dtype])
+                options["environment"] = {k: v for part in both for k, v in part.get("environment", {}).items()}
+                runs[kind, mode, dtype] = options
+        with ThreadPoolExecutor(jobs) as pool:
+            futures = [pool.submit(engine, "drafts", {}, timeout, **common, **options) for options in runs.values()]
+            results = {name: future.result() for name, future in zip(runs, futures)}
+    table = Table("drafter", "mode", "dtype", "accepted", "of", "of auto's rate", "worst logprob difference", "start s")
+    record, failed = {**stamp(), "drafted at a time": tokens, "runs": []}, False
+    for (kind, mode, dtype), result in results.items():
+        base = results[kind, mode, "auto"]
+        row = {"drafter": kind, "mode": mode, "dtype": dtype}
+        if result is None or base is None:
+            failed = True
+            table.add_row(kind, mode, dtype, "failed", "", "", "", "")
+            record["runs"].append({**row, "failed": True})
+            continue
+        ratio = result["accepted"] / result["draft"] / (base["accepted"] / base["draft"])
+        failed |= ratio < (0.98 if dtype == "oscar lossless" else 0.95)
+        difference = worst_difference(base, result)
+        table.add_row(kind, mode, dtype, f"{result['accepted']:.0f}", f"{result['draft']:.0f}", f"{ratio:.3f}",
+                      f"{difference:.4f}", f"{result['start_s']:.0f}")  # fmt: skip
+        kept = {key: result[key] for key in ("accepted", "draft", "kv_tokens", "start_s")}
+        record["runs"].append({**row, **kept, "rate_of_auto": ratio, "worst_logprob_difference_to_auto": difference})
     console.print(table)
     if json_file:
         write_json(json_file, record)
