@@ -27,7 +27,7 @@ CACHED = [0, 0, 0, 128, 128, 128, 256, 256, 384, 128, 256, 256]
 
 @pytest.fixture(scope="module")
 def host(engine_host):
-    engine_host.install("offload_on_cpu")
+    engine_host.call("offload_on_cpu", "install")
     return engine_host
 
 

@@ -87,9 +87,9 @@ class EngineHost:
     def log_text(self) -> str:
         return Path(self.log.name).read_text(errors="replace")
 
-    def install(self, module: str) -> None:
-        """Import a module of this folder in the process and call its ``install()``."""
-        self._call("install", module=module)
+    def call(self, module: str, function: str, *arguments) -> None:
+        """Call a function of a module of this folder in the process."""
+        self._call("call", module=module, function=function, arguments=arguments)
 
     def start(self, kv_cache_dtype: str = "auto", env: dict[str, str] | None = None, **engine_args) -> dict:
         """Replace the running engine. Returns its block count and reported capacity."""
@@ -109,7 +109,8 @@ class EngineHost:
         """Submit all prompts in one step and run them to the end.
 
         Args:
-            prompts: token ids.
+            prompts: token ids, or a dict with ``ids`` and ``images`` as lists of ``[height, width, seed]`` and
+                ``sounds`` of ``[samples at 16 kHz, seed]``: noise.
             abort: prompt index to the number of output tokens after which it is aborted.
             options: more sampling parameters. Greedy, 10 logprobs and no early end unless said.
 
@@ -172,8 +173,8 @@ class _Engine:
         self.scheduled: dict[str, list[list[int]]] = {}
         self.drafted: dict[str, list[list[int]]] = {}
 
-    def install(self, module: str) -> None:
-        importlib.import_module(module).install()
+    def call(self, module: str, function: str, arguments: list) -> None:
+        getattr(importlib.import_module(module), function)(*arguments)
 
     def start(self, args: dict, env: dict[str, str]) -> dict:
         self.stop()
@@ -227,7 +228,7 @@ class _Engine:
             name = f"request-{self.count}"
             index_of[name] = index
             results.append({"outputs": {}, "arrivals": 0, "cached": None})
-            engine.add_request(name, {"prompt_token_ids": prompt}, SamplingParams(**sampling))
+            engine.add_request(name, _prompt(prompt), SamplingParams(**sampling))
         while engine.has_unfinished_requests():
             for output in engine.step():
                 index = index_of[output.request_id]
@@ -309,6 +310,22 @@ class _Engine:
         self.llm = None
         cleanup_dist_env_and_memory()
         gc.collect()
+
+
+def _prompt(prompt: list[int] | dict) -> dict:
+    """What vLLM takes as a prompt."""
+    if isinstance(prompt, list):
+        return {"prompt_token_ids": prompt}
+    import numpy
+    from PIL import Image
+
+    def noise(seed: int, *shape: int):
+        return numpy.random.RandomState(seed).rand(*shape)
+
+    images = [Image.fromarray((noise(seed, h, w, 3) * 255).astype("uint8")) for h, w, seed in prompt.get("images", [])]
+    sounds = [((noise(seed, samples) - 0.5).astype("float32"), 16000) for samples, seed in prompt.get("sounds", [])]
+    data = {name: items for name, items in (("image", images), ("audio", sounds)) if items}
+    return {"prompt_token_ids": prompt["ids"], "multi_modal_data": data}
 
 
 def _empty() -> dict:
