@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prompts(text) -> list[list[int]]:
-    """Prompts that soon need another block, of lengths around a block's, and with a common prefix, which hit at once."""
+    """Prompts that soon need another block, of lengths around a block's, and with a common prefix that hits at once."""
     base = text(512, at=3000)
     growing = [text(380 - 3 * i, at=900 * i) for i in range(4)]
     shared = [base[:n] + text(60, at=7000 + n)[1:] for n in (128, 300, 500)]
