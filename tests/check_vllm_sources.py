@@ -157,9 +157,9 @@ def problem(root: Path, symbol: Symbol) -> str | None:
 
 def problems(root: Path) -> list[str]:
     """Every problem of a source tree."""
-    needed = [*symbols.needed(lambda symbol: problem(root, symbol) is None), *symbols.DENSE_PREFILL]
-    needed += symbols.OFFLOADING
-    return [text for text in (problem(root, symbol) for symbol in needed) if text]
+    needed = symbols.needed(lambda symbol: problem(root, symbol) is None)
+    table = [*needed, *symbols.CPU_RUNNER, *symbols.OFFLOADING, *symbols.DENSE_PREFILL]
+    return [text for text in (problem(root, symbol) for symbol in table) if text]
 
 
 def register(root: Path) -> str | None:

@@ -83,7 +83,7 @@ def test_a_patch_that_fails_all_the_same(monkeypatch):
     from vllm_oscar.engine import compat, plugin
 
     refused = []
-    monkeypatch.setattr(compat, "register_tail_spec", lambda: {}["spec"])
+    monkeypatch.setattr(compat, "register_specs", lambda: {}["spec"])
     monkeypatch.setattr(compat, "refuse_dtypes", refused.append)
     plugin.register()
     (sentence,) = refused
@@ -93,7 +93,13 @@ def test_a_patch_that_fails_all_the_same(monkeypatch):
 # ---- the table against our code ------------------------------------------------------
 ENGINE = sorted(Path(vllm_oscar.engine.__file__).parent.glob("*.py"))
 SELECT = REPO / "vllm_oscar" / "ops" / "select.py"
-TABLE = (*symbols.ALWAYS, *symbols.OFFLOADING, *symbols.NEW_DTYPE, *symbols.OLD_DTYPE)
+TABLE = (
+    *symbols.ALWAYS,
+    *symbols.OFFLOADING,
+    *symbols.CPU_RUNNER,
+    *symbols.NEW_DTYPE,
+    *symbols.OLD_DTYPE,
+)
 
 
 def imported(tree: ast.Module):

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,14 +15,25 @@ pytest.importorskip("vllm")
 from vllm.v1.core.block_pool import BlockPool  # noqa: E402
 
 from vllm_oscar.engine.metadata import ring_start  # noqa: E402
-from vllm_oscar.engine.scheduler import OscarTailManager, OscarTailSpec  # noqa: E402
+from vllm_oscar.engine.scheduler import (  # noqa: E402
+    OscarPageManager,
+    OscarPageSpec,
+    OscarTailManager,
+    OscarTailSpec,
+)
 
 PAGES = 6
 
 
-def make_spec(pages: int = PAGES) -> OscarTailSpec:
+def make_spec(split: int = 1) -> OscarTailSpec:
     return OscarTailSpec(
-        block_size=128, num_kv_heads=2, head_size=128, dtype=torch.uint8, state_content_bytes=90, pages=pages
+        block_size=128 * split,
+        num_kv_heads=2,
+        head_size=128,
+        dtype=torch.uint8,
+        state_content_bytes=90,
+        pages=PAGES,
+        split=split,
     )
 
 
@@ -128,6 +141,59 @@ def test_spec():
     assert spec.max_num_blocks_per_req(None, 4096) == 32
     assert spec.is_uniform_with_collection({"a": make_spec()})
     assert not spec.is_uniform_with_collection({"a": make_spec(), "b": object()})
+
+
+@pytest.mark.parametrize("split, blocks", [(1, 6), (2, 3), (4, 2), (5, 2), (25, 1)])
+def test_blocks_of_several_pages(pool, split, blocks):
+    """The worker's table, as vLLM makes it of the manager's row, holds every page of the ring once, and the hit."""
+    spec = make_spec(split)
+    assert spec.blocks == blocks and spec.max_memory_usage_bytes(None) == blocks * split * 2 * 128 * 90
+    assert spec.max_num_blocks_per_req(None, 100) == blocks + 1
+    manager = OscarTailManager(
+        spec, block_pool=pool, enable_caching=True, kv_cache_group_id=1, scheduler_block_size=128 * split
+    )
+    assert needed(manager, "a") == blocks
+    rows = [
+        [block.block_id for block in claim(manager, name, hit)] for name, hit in (("a", 0), ("b", 384), ("c", 8064))
+    ]
+    assert all(len(row) == blocks + 1 for row in rows)
+    table = torch.tensor([[block * split + page for block in row for page in range(split)] for row in rows])
+    worker = spec.copy_with_new_block_size(128)
+    assert worker.hit_tokens(table).tolist() == [0, 384, 8064]
+    assert table[:, :PAGES].unique().numel() == 3 * PAGES
+
+
+@pytest.fixture
+def pages(pool) -> OscarPageManager:
+    """Blocks of three pages; block 7 bears a hash that nothing has changed in this step."""
+    spec = OscarPageSpec(block_size=384, num_kv_heads=2, head_size=128, dtype=torch.uint8, state_content_bytes=90)
+    return OscarPageManager(spec, block_pool=pool, enable_caching=True, kv_cache_group_id=0, scheduler_block_size=384)
+
+
+def test_a_copy_of_what_this_step_writes_waits_for_the_next_step(pages, pool):
+    blocks = pages.req_to_blocks["writer"] = pool.get_new_blocks(2)
+    request = SimpleNamespace(
+        request_id="writer",
+        num_tokens=700,
+        num_prompt_tokens=700,
+        block_hashes=[bytes([i]) * 8 for i in range(5)],
+        shared_prefix_boundary=0,
+        kv_transfer_params=None,
+    )
+    pages.new_step_starts()
+    pages.cache_blocks(request, 640, replay_boundaries=[])
+    assert [block.block_hash_num_tokens for block in blocks] == [384, 640]
+
+    def needed(hit: int, *found) -> int:
+        return pages.get_num_blocks_to_allocate("reader", 900, list(found), hit, hit, 900)
+
+    assert needed(640, *blocks) > pool.num_gpu_blocks
+    assert needed(256, blocks[0]) > pool.num_gpu_blocks
+    assert needed(384, blocks[0]) == 2  # no copy: it reads the block itself, which is stored before it is read
+    pages.new_step_starts()
+    assert needed(640, *blocks) == 2  # the last one and the copy
+    pages.cache_blocks(request, 690, replay_boundaries=[])  # goes on behind what was cached
+    assert needed(640, *blocks) == 2
 
 
 @given(st.integers(0, 100_000), st.integers(0, 700), st.sampled_from([128, 256, 1000]))

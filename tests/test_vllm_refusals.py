@@ -160,7 +160,7 @@ QWEN3 = QWEN2 | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
         pytest.param(FALCON, "ALiBi", id="falcon"),
         pytest.param(WHISPER, "encoder-decoder models", id="encoder-decoder"),
         pytest.param(BERT, "encoder or pooling models", id="encoder"),
-        pytest.param(MAMBA, "state-space or linear-attention layers", id="mamba"),
+        pytest.param(MAMBA, "models without attention", id="mamba"),
         pytest.param(MISTRAL, "models whose layers all have a sliding window (1024 tokens)", id="windows-alone"),
         pytest.param(LLAMA4, "chunked local attention", id="chunked-local"),
         pytest.param(GEMMA3N, "layers that share a KV cache", id="shared-cache"),
@@ -223,6 +223,7 @@ EAGLE = {"method": "eagle", "num_speculative_tokens": 2}
             NO_CONNECTOR,
             id="connector",
         ),
+        pytest.param({"prefix_match_unit": 64}, "hits that end inside a page", "remove --prefix-match-unit", id="unit"),
         pytest.param(
             {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
             "--decode-context-parallel-size 2",

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import ClassVar
+
 import torch
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheLayout
@@ -18,6 +21,8 @@ class OscarBackend(AttentionBackend):
     supported_kv_cache_dtypes = list(PRESETS)
     forward_includes_kv_cache_update = True
     name = "OSCAR"
+    bytes_per_token: ClassVar[dict[int, int]] = {}
+    """Of this process's layers by head size, per KV head; each layer enters itself when it is made."""
 
     @classmethod
     def get_name(cls) -> str:
@@ -66,6 +71,13 @@ class OscarBackend(AttentionBackend):
     @classmethod
     def supports_sink(cls) -> bool:
         return True
+
+    @classmethod
+    def customize_spec(cls, spec):
+        """Our bytes for a spec that vLLM made to price a token, which it does to make blocks as large as states."""
+        if spec.state_content_bytes is not None:
+            return spec
+        return replace(spec, state_content_bytes=cls.bytes_per_token[spec.head_size])
 
     @classmethod
     def supports_kv_connector(cls) -> bool:

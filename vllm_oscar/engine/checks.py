@@ -44,7 +44,7 @@ def check_config(vllm_config) -> None:
         _refuse(dtype, "--kv-cache-dtype-skip-layers (every page would grow to 16-bit size)", "remove the option")
     _check_offloading(cache, vllm_config.kv_transfer_config, dtype)
     if cache.prefix_match_unit not in (None, PAGE_TOKENS):
-        _refuse(dtype, "prefix hits inside a page", "remove --prefix-match-unit")
+        _refuse(dtype, f"prefix hits that end inside a page of {PAGE_TOKENS} tokens", "remove --prefix-match-unit")
     device = vllm_config.device_config.device_type
     if device not in ("cpu", "cuda"):
         _refuse(dtype, f"the device {device}", "use an NVIDIA GPU or a CPU, or --kv-cache-dtype auto")
@@ -54,6 +54,7 @@ def check_config(vllm_config) -> None:
     if vllm_config.model_config is not None:
         _check_model(vllm_config.model_config, dtype)
         _check_windows(cache, dtype)
+        _check_hybrid(vllm_config, dtype)
         _check_as_a_layer_will(vllm_config)
     _warn(vllm_config, dtype)
 
@@ -234,6 +235,20 @@ def check_draft_group(method: str, group: int, dtype: str) -> None:
         )
 
 
+def _check_hybrid(vllm_config, dtype: str) -> None:
+    """What does not go with state-space layers, for which a block has several pages; and hits of single pages."""
+    if not vllm_config.model_config.is_hybrid:
+        return
+    cache = vllm_config.cache_config
+    if cache.kv_offloading_size is not None or vllm_config.kv_transfer_config is not None:
+        _refuse(
+            dtype,
+            "KV-cache offloading of models with state-space layers",
+            "remove --kv-offloading-size and --kv-transfer-config",
+        )
+    cache.prefix_match_unit = PAGE_TOKENS  # else hits end with a block
+
+
 def _check_model(model, dtype: str, where: str = "") -> None:
     """``where``: which model it is, if it is not the target."""
     text = model.hf_text_config
@@ -242,7 +257,7 @@ def _check_model(model, dtype: str, where: str = "") -> None:
         ("multi-head latent attention (MLA)", model.use_mla),
         ("encoder-decoder models", model.is_encoder_decoder),
         ("encoder or pooling models", model.runner_type == "pooling"),
-        ("models with state-space or linear-attention layers", model.is_hybrid or model.is_attention_free),
+        ("models without attention", model.is_attention_free),
         ("chunked local attention", "chunked_attention" in layer_types),
         ("ALiBi", bool(getattr(text, "alibi", False)) or model.hf_config.model_type in ("bloom", "mpt")),
         ("layers that share a KV cache", bool(getattr(text, "num_kv_shared_layers", 0))),

@@ -76,7 +76,7 @@ def apply() -> None:
         register_environment()
         register_dtypes()
         register_backends()
-        register_tail_spec()
+        register_specs()
         patch_backend_selection()
         patch_config_check()
         patch_attention_layer()
@@ -193,15 +193,17 @@ def register_backends() -> None:
             register_backend(name, path)
 
 
-def register_tail_spec() -> None:
-    """Tell the block manager how the ring is allocated."""
+def register_specs() -> None:
+    """Tell the block manager how the ring is allocated, and pages in blocks of several."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-    from vllm_oscar.engine.scheduler import OscarTailManager, OscarTailSpec
+    from vllm_oscar.engine.scheduler import OscarPageManager, OscarPageSpec, OscarTailManager, OscarTailSpec
 
     # Registering into an empty registry would keep vLLM from adding its own specs.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(OscarTailSpec, OscarTailManager, uniform_type_base_spec=OscarTailSpec)
+    KVCacheSpecRegistry.register(OscarPageSpec, OscarPageManager, uniform_type_base_spec=FullAttentionSpec)
 
 
 def patch_backend_selection() -> None:
@@ -248,9 +250,11 @@ def patch_attention_layer() -> None:
     """Give every Attention layer its tail and its compressed page size.
 
     The impl is not told its layer's name, and ``AttentionBackend.customize_spec`` is not
-    told the dtype, so both are done where the layer is at hand.
+    told the dtype, so both are done where the layer is at hand. So is telling the backend
+    what its layers' tokens cost, which vLLM asks of the backend alone.
     """
     from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 
     def wrap_init(original):
         def __init__(self, *args, **kwargs):
@@ -264,16 +268,23 @@ def patch_attention_layer() -> None:
                 vllm_config = get_current_vllm_config()
                 check_layer(self, vllm_config.compilation_config.static_forward_context)
                 self.oscar_tail = OscarTail(self, vllm_config)
+                self.attn_backend.bytes_per_token[self.head_size] = self.impl.fmt.bytes_per_token
+                if vllm_config.device_config.device_type == "cpu":
+                    patch_cpu_zeroing()
 
         return __init__
 
     def wrap_spec(original):
         def get_kv_cache_spec(self, vllm_config):
             spec = original(self, vllm_config)
-            if self.kv_cache_dtype in PRESETS:
-                # What the block manager counts, and so what decides the capacity.
-                spec = dataclasses.replace(spec, state_content_bytes=self.impl.fmt.bytes_per_token)
-            return spec
+            if self.kv_cache_dtype not in PRESETS:
+                return spec
+            if spec.block_size > PAGE_TOKENS and isinstance(spec, FullAttentionSpec):
+                from vllm_oscar.engine.scheduler import OscarPageSpec
+
+                spec = replace_as(spec, OscarPageSpec)
+            # What the block manager counts, and so what decides the capacity.
+            return dataclasses.replace(spec, state_content_bytes=self.impl.fmt.bytes_per_token)
 
         return get_kv_cache_spec
 
@@ -294,7 +305,7 @@ def patch_offloading() -> None:
         def __init__(self, spec, vllm_config, kv_cache_config):
             original(self, spec, vllm_config, kv_cache_config)
             specs = enumerate(group.kv_cache_spec for group in kv_cache_config.kv_cache_groups)
-            self._oscar_rings = {group: spec.pages for group, spec in specs if isinstance(spec, OscarTailSpec)}
+            self._oscar_rings = {group: spec.blocks for group, spec in specs if isinstance(spec, OscarTailSpec)}
 
         return __init__
 
@@ -316,8 +327,8 @@ def patch_offloading() -> None:
     def wrap_states(original):
         def _update_req_states(self, scheduler_output):
             for _, groups, _ in yield_req_data(scheduler_output) if self._oscar_rings else ():
-                for group, pages in self._oscar_rings.items():
-                    self._current_batch_allocated_block_ids.update(groups[group][:pages] if groups else ())
+                for group, blocks in self._oscar_rings.items():
+                    self._current_batch_allocated_block_ids.update(groups[group][:blocks] if groups else ())
             original(self, scheduler_output)
 
         return _update_req_states
@@ -360,3 +371,26 @@ def patch_drafter() -> None:
 
     _wrap_once(SpecDecodeBaseProposer, "load_model", wrap_load)
     _wrap_once(SpecDecodeBaseProposer, "initialize_attn_backend", wrap_initialize)
+
+
+def patch_cpu_zeroing() -> None:
+    """Let vLLM's CPU runner zero the pages of new blocks.
+
+    It takes a block's number for that of a page, which it is not where blocks are split.
+    Called in the worker, when the runner has been imported anyway. Raises :class:`IncompatibleVllm`.
+    """
+    lacking = symbols.missing(symbols.CPU_RUNNER)
+    if lacking:
+        raise _incompatible(lacking)
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    def wrapper(original):
+        def _zero_block_ids(self, block_ids):
+            if self.cache_config.cache_dtype in PRESETS:
+                split = self.cache_config.block_size // PAGE_TOKENS
+                block_ids = [block * split + page for block in block_ids for page in range(split)]
+            return original(self, block_ids)
+
+        return _zero_block_ids
+
+    _wrap_once(CPUModelRunner, "_zero_block_ids", wrapper)

@@ -233,7 +233,7 @@ class OscarTailMetadataBuilder(AttentionMetadataBuilder[OscarTailMetadata]):
         """Compute ``ring_start`` anew, in place, after vLLM has changed the lengths in place."""
         starts = metadata.query_start_loc
         context = metadata.seq_lens - (starts[1:] - starts[:-1])
-        hit_tokens = metadata.ring_table[: context.shape[0], self.kv_cache_spec.pages] * PAGE_TOKENS
+        hit_tokens = self.kv_cache_spec.hit_tokens(metadata.ring_table[: context.shape[0]])
         metadata.ring_start.copy_(ring_start(context, hit_tokens, self._window))
 
     def _metadata(self, common: CommonAttentionMetadata, start: torch.Tensor) -> OscarTailMetadata:

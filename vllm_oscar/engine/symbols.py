@@ -164,10 +164,14 @@ ALWAYS = (
     ),
     Symbol("utils.math_utils", "cdiv", ("a", "b")),
     Symbol("v1.core.kv_cache_utils", "KVCacheBlock", ("block_id", "ref_cnt", "is_null")),
+    Symbol("v1.core.kv_cache_utils", "KVCacheBlock.block_hash_num_tokens"),
+    Symbol("v1.core.block_pool", "BlockPool.__init__", ("self", "num_gpu_blocks"), sets=("num_gpu_blocks",)),
     Symbol("v1.core.block_pool", "BlockPool.get_new_blocks", ("self", "num_blocks")),
     Symbol("v1.kv_cache_interface", "KVCacheSpec", ("block_size",)),
     Symbol("v1.kv_cache_interface", "AttentionSpec", ("num_kv_heads", "head_size", "dtype", "state_content_bytes")),
     Symbol("v1.kv_cache_interface", "AttentionSpec.page_size_bytes"),
+    Symbol("v1.kv_cache_interface", "FullAttentionSpec"),
+    Symbol("v1.kv_cache_interface", "replace_as", ("spec", "target_cls")),
     Symbol("v1.kv_cache_interface", "CircularBufferSpec"),
     Symbol("v1.kv_cache_interface", "CircularBufferSpec.max_memory_usage_bytes", ("self", "vllm_config")),
     Symbol("v1.kv_cache_interface", "CircularBufferSpec.max_num_blocks_per_req", ("self", "vllm_config", "max_len")),
@@ -177,7 +181,29 @@ ALWAYS = (
         "v1.core.single_type_kv_cache_manager",
         "SingleTypeKVCacheManager.__init__",
         ("self", "kv_cache_spec", "block_pool"),
-        sets=("block_pool", "kv_cache_spec", "req_to_blocks"),
+        sets=("block_pool", "kv_cache_spec", "num_cached_block", "req_to_blocks"),
+    ),
+    Symbol(
+        "v1.core.single_type_kv_cache_manager",
+        "SingleTypeKVCacheManager._has_partial_local_hit",
+        ("self", "new_computed_blocks", "num_local_computed_tokens"),
+    ),
+    Symbol("v1.core.single_type_kv_cache_manager", "SingleTypeKVCacheManager.new_step_starts", ("self",)),
+    Symbol("v1.core.single_type_kv_cache_manager", "FullAttentionManager"),
+    Symbol(
+        "v1.core.single_type_kv_cache_manager", "FullAttentionManager.cache_blocks", ("self", "request", "num_tokens")
+    ),
+    Symbol(
+        "v1.core.single_type_kv_cache_manager",
+        "FullAttentionManager.get_num_blocks_to_allocate",
+        (
+            "self",
+            "request_id",
+            "num_tokens",
+            "new_computed_blocks",
+            "total_computed_tokens",
+            "num_local_computed_tokens",
+        ),
     ),
     Symbol(
         "v1.core.single_type_kv_cache_manager", "SingleTypeKVCacheManager.pop_blocks_for_free", ("self", "request_id")
@@ -206,6 +232,7 @@ ALWAYS = (
     *(
         Symbol("v1.attention.backend", f"AttentionBackend.{member}")
         for member in (
+            "customize_spec",
             "forward_includes_kv_cache_update",
             "get_builder_cls",
             "get_impl_cls",
@@ -294,6 +321,13 @@ OFFLOADING = (
     ),
     Symbol(_OFFLOADER, "OffloadingConnectorScheduler._update_req_states", ("self", "scheduler_output")),
     Symbol("distributed.kv_transfer.kv_connector.utils", "yield_req_data", ("scheduler_output",)),
+)
+
+# Patched in a worker on a CPU, which looks then: importing it takes seconds, in processes that do not need it.
+CPU_RUNNER = (
+    Symbol("v1.worker.cpu_model_runner", "CPUModelRunner"),
+    Symbol("v1.worker.cpu_model_runner", "CPUModelRunner._zero_block_ids", ("self", "block_ids")),
+    Symbol("v1.worker.gpu_model_runner", "GPUModelRunner.__init__", ("self", "vllm_config"), sets=("cache_config",)),
 )
 
 # What ops/dense_prefill.py calls on GPUs. It looks for itself, and does without: prefill is slower then.

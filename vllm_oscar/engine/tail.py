@@ -52,15 +52,17 @@ class OscarTail(nn.Module, AttentionLayerBase):
         return OscarTailBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> OscarTailSpec:
+        block_size = vllm_config.cache_config.block_size  # final by now: vLLM may have changed it since __init__
         extra = {"dcp_sharded": False} if "dcp_sharded" in {f.name for f in fields(OscarTailSpec)} else {}
         return OscarTailSpec(
-            block_size=PAGE_TOKENS,
+            block_size=block_size,
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_size,
             dtype=torch.uint8,
             state_content_bytes=self.fmt.bytes_per_token,
             pages=self.pages,
             sliding_window=self.sliding_window,
+            split=block_size // PAGE_TOKENS,
             **extra,
         )
 
