@@ -53,5 +53,5 @@ def lfm2(folder: Path, **change) -> Path:
 
     layer_types = ["conv", "full_attention", "conv", "full_attention"]
     shape = {"hidden_size": 256, "num_hidden_layers": len(layer_types), "layer_types": layer_types}
-    conv = {"conv_L_cache": 3, "conv_dim": 256, "block_ff_dim": 256}
+    conv = {"conv_L_cache": 3, "conv_dim": 256, "block_dim": 256, "block_ff_dim": 256}
     return save(folder, Lfm2ForCausalLM, Lfm2Config(**COMMON | shape | conv | change))
