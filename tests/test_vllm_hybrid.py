@@ -9,7 +9,7 @@ piece of one token, so no prompt here ends one token behind a page.
 from __future__ import annotations
 
 import pytest
-import tiny_models
+from hybrid_models import lfm2, qwen3_next
 
 LOSSLESS = {"VLLM_OSCAR_CODEC": "lossless"}
 ROUNDING = 0.05  # attention rounds otherwise: one or two steps of a logit
@@ -52,16 +52,15 @@ def prompts(text) -> dict[str, list[list[int]]]:
 
 
 @pytest.fixture(scope="module")
-def qwen3_next(tmp_path_factory) -> dict:
-    """Engine arguments; the state is as large as two and a half unquantized pages."""
-    folder = tiny_models.qwen3_next(tmp_path_factory.mktemp("qwen3_next"), linear_num_value_heads=8)
-    return {"model": str(folder), "dtype": "bfloat16", "max_model_len": 2048}
+def model(tmp_path_factory) -> dict:
+    """Engine arguments of Qwen3-Next; the state is nearly as large as three unquantized pages."""
+    return {"model": str(qwen3_next(tmp_path_factory.mktemp("qwen3_next"))), "dtype": "bfloat16", "max_model_len": 2048}
 
 
 @pytest.fixture(scope="module")
-def auto(engine_host, qwen3_next, prompts) -> dict[str, list[dict]]:
+def auto(engine_host, model, prompts) -> dict[str, list[dict]]:
     """What plain vLLM answers, each prompt in one piece."""
-    engine_host.start("auto", enable_prefix_caching=False, **qwen3_next)
+    engine_host.start("auto", enable_prefix_caching=False, **model)
     tokens = {"edges": 12, "shared": 12, "growing": 30}
     return {name: engine_host.run(prompts[name], max_tokens=n) for name, n in tokens.items()}
 
@@ -70,7 +69,7 @@ def block_size(host) -> int:
     return host.log_text().split("Setting attention block size to ")[-1].split()[0]
 
 
-def test_everything_together(engine_host, qwen3_next, prompts, auto):
+def test_everything_together(engine_host, model, prompts, auto):
     """Prefix caching, chunked prefill and preemption at once, in two rounds; blocks of three pages."""
     engine_host.start(
         "oscar",
@@ -78,7 +77,7 @@ def test_everything_together(engine_host, qwen3_next, prompts, auto):
         num_gpu_blocks_override=33,
         enable_prefix_caching=True,
         max_num_batched_tokens=500,
-        **qwen3_next,
+        **model,
     )
     assert block_size(engine_host) == "384"
     for _ in range(2):
@@ -92,17 +91,17 @@ def test_everything_together(engine_host, qwen3_next, prompts, auto):
 
 
 @pytest.mark.slow
-def test_prompts_of_every_length(engine_host, qwen3_next, prompts, auto):
-    engine_host.start("oscar", env=LOSSLESS, enable_prefix_caching=False, **qwen3_next)
+def test_prompts_of_every_length(engine_host, model, prompts, auto):
+    engine_host.start("oscar", env=LOSSLESS, enable_prefix_caching=False, **model)
     assert_close(auto["edges"], engine_host.run(prompts["edges"]), ROUNDING)
     assert_close(auto["shared"], engine_host.run(prompts["shared"]), ROUNDING)
     assert_close(auto["growing"], engine_host.run(prompts["growing"], max_tokens=30), ROUNDING)
 
 
 @pytest.mark.slow
-def test_hits_end_with_a_page_and_not_with_a_block(engine_host, qwen3_next, prompts, auto):
+def test_hits_end_with_a_page_and_not_with_a_block(engine_host, model, prompts, auto):
     """In the first round many requests want copies of the same blocks, and of copies, at once."""
-    free = engine_host.start("oscar", env=LOSSLESS, enable_prefix_caching=True, **qwen3_next)["free"]
+    free = engine_host.start("oscar", env=LOSSLESS, enable_prefix_caching=True, **model)["free"]
     for _ in range(2):
         shared = engine_host.run(prompts["shared"])
         assert_close(auto["shared"], shared, ROUNDING)
@@ -115,8 +114,8 @@ def test_hits_end_with_a_page_and_not_with_a_block(engine_host, qwen3_next, prom
 
 
 @pytest.mark.slow
-def test_chunked_prefill(engine_host, qwen3_next, prompts, auto):
-    engine_host.start("oscar", env=LOSSLESS, enable_prefix_caching=True, max_num_batched_tokens=400, **qwen3_next)
+def test_chunked_prefill(engine_host, model, prompts, auto):
+    engine_host.start("oscar", env=LOSSLESS, enable_prefix_caching=True, max_num_batched_tokens=400, **model)
     for _ in range(2):
         for name in ("edges", "shared"):
             assert_close(auto[name], engine_host.run(prompts[name]), ROUNDING)
@@ -124,9 +123,9 @@ def test_chunked_prefill(engine_host, qwen3_next, prompts, auto):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["oscar", "oscar_paper"])
-def test_real_pages(engine_host, qwen3_next, prompts, auto, preset):
+def test_real_pages(engine_host, model, prompts, auto, preset):
     """What is quantized is near enough, with hits inside a block of many pages as without."""
-    engine_host.start(preset, enable_prefix_caching=True, **qwen3_next)
+    engine_host.start(preset, enable_prefix_caching=True, **model)
     for _ in range(2):
         for name in ("edges", "shared"):
             found = engine_host.run(prompts[name])
@@ -136,16 +135,11 @@ def test_real_pages(engine_host, qwen3_next, prompts, auto, preset):
                 assert len(common) >= 3 and all(abs(first[t] - ours[t]) < 2 for t in common)
 
 
-@pytest.fixture(scope="module")
-def lfm2(tmp_path_factory) -> dict:
-    folder = tiny_models.lfm2(tmp_path_factory.mktemp("lfm2"))
-    return {"model": str(folder), "max_model_len": 2048, "enable_prefix_caching": False}
-
-
 @pytest.mark.slow
-def test_short_convolutions(engine_host, lfm2, prompts):
+def test_short_convolutions(engine_host, tmp_path, prompts):
     """LFM2 in float32; chunks and hits are left out, since there vLLM on CPU is wrong with ``auto`` as well."""
-    engine_host.start("auto", **lfm2)
+    args = {"model": str(lfm2(tmp_path)), "max_model_len": 2048, "enable_prefix_caching": False}
+    engine_host.start("auto", **args)
     expected = engine_host.run(prompts["edges"]) + engine_host.run(prompts["shared"])
-    engine_host.start("oscar", env=LOSSLESS, **lfm2)
+    engine_host.start("oscar", env=LOSSLESS, **args)
     assert_close(expected, engine_host.run(prompts["edges"]) + engine_host.run(prompts["shared"]), 1e-4)

@@ -26,7 +26,7 @@ COMMON = {
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
-def _save(folder: Path, model: torch.nn.Module) -> Path:
+def save(folder: Path, model: torch.nn.Module) -> Path:
     """Weights in float32, and the demo model's tokenizer."""
     model.float().save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -41,7 +41,7 @@ def gemma3(folder: Path) -> Path:
     shape = {"head_dim": 64, "query_pre_attn_scalar": 64, "num_hidden_layers": 6}
     layers = {"sliding_window": 200, "layer_types": [SLIDING] * 5 + [FULL]}
     torch.manual_seed(0)
-    return _save(folder, Gemma3ForCausalLM(Gemma3TextConfig(**COMMON | shape | layers)))
+    return save(folder, Gemma3ForCausalLM(Gemma3TextConfig(**COMMON | shape | layers)))
 
 
 def gpt_oss(folder: Path) -> Path:
@@ -58,7 +58,7 @@ def gpt_oss(folder: Path) -> Path:
     # As Gemma does, tie and scale embeddings, so that it says tokens again and n-gram drafts are accepted.
     model.lm_head.weight.data.copy_(model.model.embed_tokens.weight)
     model.model.embed_tokens.weight.data *= 20
-    return _save(folder, model)
+    return save(folder, model)
 
 
 def gemma2(folder: Path) -> Path:
@@ -68,7 +68,7 @@ def gemma2(folder: Path) -> Path:
     shape = {"head_dim": 128, "query_pre_attn_scalar": 32, "num_hidden_layers": 4, "attn_logit_softcapping": 2.0}
     layers = {"sliding_window": 192, "layer_types": [SLIDING, FULL] * 2}
     torch.manual_seed(0)
-    return _save(folder, Gemma2ForCausalLM(Gemma2Config(**COMMON | shape | layers)))
+    return save(folder, Gemma2ForCausalLM(Gemma2Config(**COMMON | shape | layers)))
 
 
 MODELS = {"gemma3": gemma3, "gpt_oss": gpt_oss, "gemma2": gemma2}

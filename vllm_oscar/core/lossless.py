@@ -15,6 +15,9 @@ import torch
 from vllm_oscar.core.config import PAGE_TOKENS, OscarConfig
 from vllm_oscar.core.ring import RingType
 
+_PADDING = 32
+"""Bytes that a token has too many, so that pages are never as large as those of layers in the model's dtype."""
+
 
 @dataclass(frozen=True)
 class LosslessFormat:
@@ -26,7 +29,7 @@ class LosslessFormat:
 
     @property
     def bytes_per_token(self) -> int:
-        return 2 * self.head_dim * self.itemsize
+        return 2 * self.head_dim * self.itemsize + _PADDING
 
     @property
     def page_bytes(self) -> int:
@@ -45,9 +48,11 @@ class LosslessFormat:
     def encode(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """``[N, 128, H, D]`` key and value to uint8 ``[N, H, page_bytes]``."""
         both = torch.stack([key, value], 3).transpose(1, 2)  # [N, H, 128, 2, D]
-        return both.contiguous().flatten(2).view(torch.uint8)
+        used = both.contiguous().flatten(2).view(torch.uint8)
+        return torch.nn.functional.pad(used, (0, self.page_bytes - used.shape[2]))
 
     def decode(self, pages: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Inverse of :meth:`encode`: ``[N, 128, H, D]`` in ``dtype``."""
-        both = pages.contiguous().view(dtype).unflatten(2, (PAGE_TOKENS, 2, self.head_dim)).transpose(1, 2)
+        used = pages[..., : self.page_bytes - _PADDING * PAGE_TOKENS].contiguous()
+        both = used.view(dtype).unflatten(2, (PAGE_TOKENS, 2, self.head_dim)).transpose(1, 2)
         return both[:, :, :, 0], both[:, :, :, 1]

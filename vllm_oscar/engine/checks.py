@@ -8,6 +8,7 @@ A feature leaves this list when a test shows that it works.
 from __future__ import annotations
 
 import logging
+import os
 
 from vllm import envs as vllm_envs
 
@@ -19,6 +20,9 @@ from vllm_oscar.engine.refusal import OTHER_MODEL, UnsupportedByOscar
 
 logger = logging.getLogger("vllm.oscar")
 
+
+MIXED_LAYOUT = "BLHNC"
+"""vLLM's KV-cache layout in which layers' pages lie side by side in a block and may differ in size."""
 
 _HEAD_DIMS = ", ".join(map(str, SUPPORTED_HEAD_DIMS))
 _PREFIX_LM = (
@@ -40,8 +44,6 @@ def check_config(vllm_config) -> None:
     if cache.user_specified_block_size and cache.block_size != PAGE_TOKENS:
         _refuse(dtype, f"--block-size {cache.block_size}", f"remove the option or use --block-size {PAGE_TOKENS}")
     cache.block_size = PAGE_TOKENS
-    if cache.kv_cache_dtype_skip_layers:
-        _refuse(dtype, "--kv-cache-dtype-skip-layers (every page would grow to 16-bit size)", "remove the option")
     _check_offloading(cache, vllm_config.kv_transfer_config, dtype)
     if cache.prefix_match_unit not in (None, PAGE_TOKENS):
         _refuse(dtype, f"prefix hits that end inside a page of {PAGE_TOKENS} tokens", "remove --prefix-match-unit")
@@ -55,6 +57,7 @@ def check_config(vllm_config) -> None:
         _check_model(vllm_config.model_config, dtype)
         _check_windows(cache, dtype)
         _check_hybrid(vllm_config, dtype)
+        _check_skipped_layers(vllm_config, dtype)
         _check_as_a_layer_will(vllm_config)
     _warn(vllm_config, dtype)
 
@@ -247,6 +250,51 @@ def _check_hybrid(vllm_config, dtype: str) -> None:
             "remove --kv-offloading-size and --kv-transfer-config",
         )
     cache.prefix_match_unit = PAGE_TOKENS  # else hits end with a block
+
+
+def _check_skipped_layers(vllm_config, dtype: str) -> None:
+    """Layers in the model's dtype beside ours: have their pages packed into blocks, each as large as it is.
+
+    With vLLM's usual layout all layers' pages would become as large as the largest.
+    """
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    skipped, option = set(cache.kv_cache_dtype_skip_layers), "--kv-cache-dtype-skip-layers"
+    if not skipped:
+        return
+    layers = {str(layer) for layer in range(model.hf_text_config.num_hidden_layers)}
+    unknown = skipped - layers - {"sliding_window"}
+    if unknown:
+        _refuse(
+            dtype,
+            f"{option} {' '.join(sorted(unknown))}",
+            f"name layers by their numbers, 0 to {len(layers) - 1}, or all with a window by sliding_window",
+        )
+    if layers <= skipped:
+        _refuse(dtype, f"{option} with all layers of the model", "skip fewer, or use --kv-cache-dtype auto")
+    if model.is_hybrid:
+        _refuse(dtype, f"{option} with state-space layers, whose blocks have several pages", "remove the option")
+    if os.environ.get("VLLM_KV_CACHE_LAYOUT", MIXED_LAYOUT) != MIXED_LAYOUT:
+        _refuse(dtype, f"{option} with VLLM_KV_CACHE_LAYOUT={os.environ['VLLM_KV_CACHE_LAYOUT']}", "unset the variable")
+    cache.kv_cache_layout = MIXED_LAYOUT
+
+
+def check_wide_layer(layer, cache) -> None:
+    """Refuse a layer in the model's dtype, beside ours, whose backend cannot read its pages where they lie.
+
+    CPU_ATTN can, although it only names the layout in which it usually finds them.
+    """
+    from vllm.v1.attention.backend import AttentionType
+
+    if cache.kv_cache_layout != MIXED_LAYOUT or layer.attn_type != AttentionType.DECODER:
+        return  # nothing is mixed, or this layer has no pages
+    layouts = layer.attn_backend.supported_kv_cache_layouts()
+    name = layer.attn_backend.get_name()
+    if name != "CPU_ATTN" and layouts is not None and MIXED_LAYOUT not in {layout.name for layout in layouts}:
+        _refuse(
+            cache.cache_dtype,
+            f"--kv-cache-dtype-skip-layers with {name}, which cannot read KV-cache layout {MIXED_LAYOUT}",
+            "choose another --attention-backend",
+        )
 
 
 def _check_model(model, dtype: str, where: str = "") -> None:

@@ -79,6 +79,8 @@ def apply() -> None:
         register_specs()
         patch_backend_selection()
         patch_config_check()
+        patch_page_alignment()
+        patch_zeroing()
         patch_attention_layer()
         patch_offloading()
         patch_drafter()
@@ -246,6 +248,23 @@ def patch_config_check() -> None:
     _wrap_once(type(current_platform), "check_and_update_config", wrapper)
 
 
+def patch_page_alignment() -> None:
+    """Keep vLLM from making blocks so large that a page of ours takes a layer's page in 16 bits.
+
+    It does so for ``--kv-cache-dtype-skip-layers``; we have pages of different size packed into blocks instead.
+    """
+    from vllm.platforms import current_platform
+
+    def wrapper(original):
+        def _align_heterogeneous_kv_block_size(cls, vllm_config, backend_cls):
+            if vllm_config.cache_config.cache_dtype not in PRESETS:
+                original(cls, vllm_config, backend_cls)
+
+        return _align_heterogeneous_kv_block_size
+
+    _wrap_once(type(current_platform), "_align_heterogeneous_kv_block_size", wrapper)
+
+
 def patch_attention_layer() -> None:
     """Give every Attention layer its tail and its compressed page size.
 
@@ -253,24 +272,27 @@ def patch_attention_layer() -> None:
     told the dtype, so both are done where the layer is at hand. So is telling the backend
     what its layers' tokens cost, which vLLM asks of the backend alone.
     """
+    from vllm.config import get_current_vllm_config
     from vllm.model_executor.layers.attention import Attention
     from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 
     def wrap_init(original):
         def __init__(self, *args, **kwargs):
             original(self, *args, **kwargs)
+            vllm_config = get_current_vllm_config()
             if self.kv_cache_dtype in PRESETS:
-                from vllm.config import get_current_vllm_config
-
                 from vllm_oscar.engine.checks import check_layer
                 from vllm_oscar.engine.tail import OscarTail
 
-                vllm_config = get_current_vllm_config()
                 check_layer(self, vllm_config.compilation_config.static_forward_context)
                 self.oscar_tail = OscarTail(self, vllm_config)
                 self.attn_backend.bytes_per_token[self.head_size] = self.impl.fmt.bytes_per_token
                 if vllm_config.device_config.device_type == "cpu":
                     patch_cpu_zeroing()
+            elif vllm_config.cache_config.cache_dtype in PRESETS:
+                from vllm_oscar.engine.checks import check_wide_layer
+
+                check_wide_layer(self, vllm_config.cache_config)
 
         return __init__
 
@@ -373,23 +395,48 @@ def patch_drafter() -> None:
     _wrap_once(SpecDecodeBaseProposer, "initialize_attn_backend", wrap_initialize)
 
 
-def patch_cpu_zeroing() -> None:
-    """Let vLLM's CPU runner zero the pages of new blocks.
+def patch_zeroing() -> None:
+    """Have new blocks zeroed where layers in the model's dtype lie in them beside ours.
 
-    It takes a block's number for that of a page, which it is not where blocks are split.
-    Called in the worker, when the runner has been imported anyway. Raises :class:`IncompatibleVllm`.
+    Their backends may not read what a ring or quantized pages left there. vLLM zeroes for that
+    reason, too, but takes the dtype of a group's first layer for that of all.
+    """
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from vllm_oscar.engine.scheduler import OscarTailSpec
+
+    original = KVCacheConfig.needs_kv_cache_zeroing.fget
+    if getattr(original, "_oscar", False):
+        return
+
+    def needs_kv_cache_zeroing(self) -> bool:
+        specs = (group.kv_cache_spec for group in self.kv_cache_groups)
+        return original(self) or any(isinstance(spec, OscarTailSpec) and spec.mixed for spec in specs)
+
+    needs_kv_cache_zeroing._oscar = True
+    KVCacheConfig.needs_kv_cache_zeroing = property(needs_kv_cache_zeroing)
+
+
+def patch_cpu_zeroing() -> None:
+    """Let vLLM's CPU runner zero new blocks of those layers that need it: not of ours.
+
+    It takes the number of a block for that of a page, which it is not where a block has several,
+    and leaves out groups of layers that differ. Called in the worker, when the runner has been
+    imported anyway. Raises :class:`IncompatibleVllm`.
     """
     lacking = symbols.missing(symbols.CPU_RUNNER)
     if lacking:
         raise _incompatible(lacking)
+    from vllm.model_executor.layers.attention import Attention
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     def wrapper(original):
         def _zero_block_ids(self, block_ids):
-            if self.cache_config.cache_dtype in PRESETS:
-                split = self.cache_config.block_size // PAGE_TOKENS
-                block_ids = [block * split + page for block in block_ids for page in range(split)]
-            return original(self, block_ids)
+            if self.cache_config.cache_dtype not in PRESETS:
+                return original(self, block_ids)
+            for layer in self.compilation_config.static_forward_context.values():
+                if isinstance(layer, Attention) and layer.kv_cache_dtype not in PRESETS and layer.kv_cache.numel():
+                    layer.kv_cache[block_ids] = 0
 
         return _zero_block_ids
 

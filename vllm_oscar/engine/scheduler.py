@@ -38,11 +38,13 @@ class OscarTailSpec(CircularBufferSpec):
             vLLM groups layers by their spec, and if rings differ as the layers' pages do,
             the layers of a group of pages are those of a group of rings, which makes one
             :class:`~vllm_oscar.ops.step.Step` for each, and no group more.
+        mixed: layers in the model's dtype have pages in the same blocks.
     """
 
     pages: int
     split: int = 1
     sliding_window: int | None = None
+    mixed: bool = False
 
     @property
     def blocks(self) -> int:

@@ -50,6 +50,7 @@ ALWAYS = (
     Symbol(PLATFORM, "get_attn_backend_cls", ("cls", "selected_backend", "attn_selector_config")),
     Symbol(PLATFORM, "check_and_update_config", ("cls", "vllm_config")),
     Symbol(PLATFORM, "get_device_capability"),
+    Symbol(PLATFORM, "_align_heterogeneous_kv_block_size", ("cls", "vllm_config", "backend_cls")),
     Symbol("model_executor.layers.attention", "Attention"),
     Symbol(
         "model_executor.layers.attention.attention",
@@ -57,10 +58,12 @@ ALWAYS = (
         ("self", "num_heads", "head_size"),
         sets=(
             "attn_backend",
+            "attn_type",
             "dtype",
             "head_size",
             "head_size_v",
             "impl",
+            "kv_cache",
             "kv_cache_dtype",
             "layer_name",
             "num_kv_heads",
@@ -121,6 +124,7 @@ ALWAYS = (
             "block_size",
             "cache_dtype",
             "kv_cache_dtype_skip_layers",
+            "kv_cache_layout",
             "kv_offloading_backend",
             "kv_offloading_size",
             "prefix_match_unit",
@@ -170,6 +174,8 @@ ALWAYS = (
     Symbol("v1.kv_cache_interface", "KVCacheSpec", ("block_size",)),
     Symbol("v1.kv_cache_interface", "AttentionSpec", ("num_kv_heads", "head_size", "dtype", "state_content_bytes")),
     Symbol("v1.kv_cache_interface", "AttentionSpec.page_size_bytes"),
+    Symbol("v1.kv_cache_interface", "KVCacheConfig", ("kv_cache_groups",)),
+    Symbol("v1.kv_cache_interface", "KVCacheConfig.needs_kv_cache_zeroing"),
     Symbol("v1.kv_cache_interface", "FullAttentionSpec"),
     Symbol("v1.kv_cache_interface", "replace_as", ("spec", "target_cls")),
     Symbol("v1.kv_cache_interface", "CircularBufferSpec"),
@@ -327,7 +333,12 @@ OFFLOADING = (
 CPU_RUNNER = (
     Symbol("v1.worker.cpu_model_runner", "CPUModelRunner"),
     Symbol("v1.worker.cpu_model_runner", "CPUModelRunner._zero_block_ids", ("self", "block_ids")),
-    Symbol("v1.worker.gpu_model_runner", "GPUModelRunner.__init__", ("self", "vllm_config"), sets=("cache_config",)),
+    Symbol(
+        "v1.worker.gpu_model_runner",
+        "GPUModelRunner.__init__",
+        ("self", "vllm_config"),
+        sets=("cache_config", "compilation_config"),
+    ),
 )
 
 # What ops/dense_prefill.py calls on GPUs. It looks for itself, and does without: prefill is slower then.

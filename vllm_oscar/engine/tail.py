@@ -63,6 +63,7 @@ class OscarTail(nn.Module, AttentionLayerBase):
             pages=self.pages,
             sliding_window=self.sliding_window,
             split=block_size // PAGE_TOKENS,
+            mixed=bool(vllm_config.cache_config.kv_cache_dtype_skip_layers),
             **extra,
         )
 
