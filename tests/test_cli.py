@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
+from vllm_engine import REPO
 
 from vllm_oscar.core.config import PRESETS
 from vllm_oscar.ops import cpu, reference
@@ -44,10 +45,23 @@ def test_plan_shows_every_format_with_the_block_managers_sums(model):
     assert {"auto", "fp8", *PRESETS} <= set(rows)
     # Independently: 36 layers x 8 heads x 16 tokens of 512 bytes a block, 2048 blocks a request; as vLLM logs it.
     blocks = 24 * 2**30 // (36 * 8 * 16 * 512)
-    assert rows["auto"][4] == f"{int(blocks / 2048 * 32768):,}" == "174,752"
+    assert rows["auto"][2] == "16" and rows["auto"][5] == f"{int(blocks / 2048 * 32768):,}" == "174,752"
     blocks = 24 * 2**30 // (36 * 8 * 128 * 90)
-    assert rows["oscar"][2:5] == [f"{blocks:,}", "6", f"{int(blocks / (256 + 6) * 32768):,}"]
-    assert rows["oscar"][7] == "0.07-0.08x" and rows["fp8"][7] == "-"
+    assert rows["oscar"][2:6] == ["128", f"{blocks:,}", "6", f"{int(blocks / (256 + 6) * 32768):,}"]
+    assert rows["oscar"][8] == "0.07-0.08x" and rows["fp8"][8] == "-"
+
+
+def test_plan_of_state_space_layers_and_of_skipped_ones(model):
+    hybrid = REPO / "tests" / "configs" / "hybrid" / "qwen3-next-80b-a3b.json"
+    result = runner.invoke(app, ["plan", str(hybrid), "--no-prefix-caching"])
+    assert "12 layers and 36 with a state" in " ".join(result.output.split())
+    rows = {cells[0]: cells for line in result.output.splitlines() if (cells := line.split())}
+    assert rows["oscar"][2] == "3,200" and rows["oscar"][7] == "4.27x"
+    result = runner.invoke(app, ["plan", str(model), "--skip-layers", "0,35"])
+    rows = {cells[0]: cells for line in result.output.splitlines() if (cells := line.split())}
+    assert "fp8" not in rows and rows["oscar"][7] == "4.41x"
+    result = runner.invoke(app, ["plan", str(model), "--skip-layers", "36"])
+    assert result.exit_code == 1 and "name layers by numbers from 0 to 35" in " ".join(result.output.split())
 
 
 def test_plan_accounts_for_tensor_parallelism_and_drafts(model):
@@ -82,7 +96,7 @@ def test_plan_refuses_in_one_sentence(model, arguments, message):
     "change",
     [
         {"kv_lora_rank": 512},
-        {"layer_types": ["full_attention", "linear_attention"]},
+        {"layer_types": ["full_attention", "chunked_attention"]},
         {"model_type": "phi3", "sliding_window": 2047},  # in all layers
         {"num_kv_shared_layers": 20},
     ],

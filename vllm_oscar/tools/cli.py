@@ -36,6 +36,10 @@ def plan(
     batched_tokens: Annotated[
         int, typer.Option("--max-num-batched-tokens", min=1, help="Of a step; matters with sliding windows.")
     ] = 8192,
+    prefix_caching: Annotated[bool, typer.Option(help="Matters with state-space layers.")] = True,
+    skip_layers: Annotated[
+        str | None, typer.Option(help="--kv-cache-dtype-skip-layers: 0,1,34,35, say, or sliding_window.")
+    ] = None,
 ) -> None:
     """Tokens and concurrent requests that a memory budget holds, per KV-cache dtype."""
     from vllm_oscar.tools import plan as planner
@@ -43,12 +47,20 @@ def plan(
     try:
         shape = planner.ModelShape.load(model, tensor_parallel)
         rows = planner.plan(
-            shape, planner.parse_bytes(memory), context, speculative_tokens, draft_layers, batched_tokens
+            shape,
+            planner.parse_bytes(memory),
+            context,
+            speculative_tokens,
+            draft_layers,
+            batched_tokens,
+            prefix_caching,
+            skip_layers,
         )
     except ValueError as error:
         _fail(str(error))
     base = rows[0]
     layers = f"{shape.layers} layers" + (f" ({len(shape.windows)} with a sliding window)" if shape.windows else "")
+    layers += f" and {shape.states.layers} with a state" if shape.states else ""
     layers += f" and {draft_layers} of a drafter" if draft_layers else ""
     title = (
         f"{escape(memory)} for the KV cache, {context:,} tokens per request; "
@@ -56,12 +68,13 @@ def plan(
     )
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("dtype", no_wrap=True)
-    for header in ("bits", "blocks", "tail", "tokens", "requests", "vs auto", "loss"):
+    for header in ("bits", "block", "blocks", "tail", "tokens", "requests", "vs auto", "loss"):
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.name,
             f"{row.bits:.2f}",
+            f"{row.block_tokens:,}",
             f"{row.blocks:,}",
             str(row.tail_blocks) if row.tail_blocks else "-",
             f"{row.tokens:,}",
@@ -71,12 +84,11 @@ def plan(
         )
     console.print(table)
     console.print(
-        "A block is 128 tokens of a group of layers, without OScaR 16; tail: blocks in each group that hold a "
-        "request's newest tokens. "
+        "Block: its tokens, of a group of layers; tail: blocks in each group that hold a request's newest tokens. "
         "Tokens and requests are what vLLM logs at start-up. Loss: divergence from exact attention against "
         "oscar_paper's, on SmolLM2-135M at 2k and 8k tokens (docs/fidelity.md)."
     )
-    if len(rows) == 2:
+    if rows[-1].name not in MEASURED_LOSS:
         console.print(f"[yellow]OScaR does not support head_dim {shape.head_dim}.[/]")
     if base.requests < 1:
         console.print(f"[yellow]auto cannot hold one request of {context:,} tokens in {memory}.[/]")

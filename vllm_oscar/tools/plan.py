@@ -14,9 +14,9 @@ from pathlib import Path
 from vllm_oscar.core.config import PAGE_TOKENS, PRESETS, SUPPORTED_HEAD_DIMS
 from vllm_oscar.core.format import PageFormat
 from vllm_oscar.core.layers import sliding_windows, uneven_layers
+from vllm_oscar.tools.states import ITEMSIZE, States, attention_layers, states
 
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-_ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
 _VLLM_BLOCK = 16
 """Tokens of a block without OScaR, on a GPU."""
 
@@ -44,6 +44,7 @@ class ModelShape:
         kv_heads, head_dim: of each layer.
         itemsize: bytes of an element in the model's dtype.
         windows: the sliding windows of those layers that have one, in tokens.
+        states: the layers that keep a state instead of a KV cache, if there are such.
     """
 
     layers: int
@@ -51,6 +52,7 @@ class ModelShape:
     head_dim: int
     itemsize: int
     windows: tuple[int, ...] = ()
+    states: States | None = None
 
     @staticmethod
     def load(path: str | Path, tensor_parallel: int = 1) -> ModelShape:
@@ -68,16 +70,16 @@ class ModelShape:
             raise ValueError(f"{file} is not JSON: {error}") from None
         try:
             heads = config["num_attention_heads"]
-            layers = config["num_hidden_layers"]
+            layers = attention_layers(config)
             head_dim = config.get("head_dim") or config["hidden_size"] // heads
         except KeyError as missing:
             raise ValueError(f"{file} has no {missing}; only decoder language models can be planned") from None
-        other = set(config.get("layer_types") or []) - {"full_attention", "sliding_attention"}
-        shared = config.get("num_kv_shared_layers")
-        if config.get("is_encoder_decoder") or config.get("kv_lora_rank") or shared or other:
+        unsupported = config.get("is_encoder_decoder") or config.get("kv_lora_rank") or not layers
+        unsupported |= bool(config.get("num_kv_shared_layers")) or "chunked_attention" in config.get("layer_types", ())
+        if unsupported:
             raise ValueError(
-                f"{file} describes a model that OScaR does not support (encoder, MLA, layers without attention or "
-                "that share a KV cache); see the support matrix in README.md"
+                f"{file} describes a model that OScaR does not support (encoder, MLA, no attention, chunked attention, "
+                "or layers that share a KV cache); see the support matrix in README.md"
             )
         uneven = uneven_layers(config)
         if uneven:
@@ -90,7 +92,9 @@ class ModelShape:
             )
         kv_heads = config.get("num_key_value_heads") or heads
         dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-        return ModelShape(layers, max(1, kv_heads // tensor_parallel), head_dim, _ITEMSIZE.get(dtype, 2), windows)
+        itemsize = ITEMSIZE.get(dtype, 2)
+        kept = states(config, itemsize, tensor_parallel)
+        return ModelShape(layers, max(1, kv_heads // tensor_parallel), head_dim, itemsize, windows, kept)
 
 
 def text_config(file: Path) -> dict:
@@ -121,6 +125,7 @@ class Capacity:
     Attributes:
         name: ``--kv-cache-dtype``.
         bits: effective bits per element.
+        block_tokens: tokens of a block.
         blocks: blocks in the budget.
         tail_blocks: blocks of a request's ring (OScaR only), for each group of layers.
         requests: concurrent requests of the planned context, as vLLM reports it.
@@ -129,6 +134,7 @@ class Capacity:
 
     name: str
     bits: float
+    block_tokens: int
     blocks: int
     tail_blocks: int
     requests: float
@@ -137,10 +143,19 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Load:
-    """What requests are like: ``context`` tokens each, ``in_flight`` tokens of all of them in steps under way."""
+    """What requests are like.
+
+    Attributes:
+        context: tokens of each.
+        in_flight: tokens of all of them in steps under way.
+        drafts: tokens drafted for each in a step.
+        prefix_caching: states are kept for hits, too.
+    """
 
     context: int
     in_flight: int
+    drafts: int = 0
+    prefix_caching: bool = True
 
     def blocks(self, window: int | None, block_tokens: int) -> int:
         """Blocks that a request takes in a layer with this sliding window, or None."""
@@ -149,6 +164,11 @@ class Load:
         # Those of its own that are in flight are not yet freed, and the window begins anywhere in a block.
         return -(-min(window - 1 + self.in_flight, self.context) // block_tokens) + 1
 
+    @property
+    def states(self) -> int:
+        """Blocks that a request takes in a layer with a state: kept and running, and one for each draft."""
+        return (2 if self.prefix_caching else 1) + self.drafts
+
 
 def _group_size(layers: list[int]) -> int:
     """Layers in each of vLLM's KV-cache groups, which are equally large, for as many ``layers`` of each kind."""
@@ -156,18 +176,71 @@ def _group_size(layers: list[int]) -> int:
 
 
 def capacity(
-    name: str, bytes_per_token: int, block_tokens: int, tail_blocks: int, shape: ModelShape, memory: int, load: Load
+    name: str, bytes_per_token: int, step: int, tail_pages: int, shape: ModelShape, memory: int, load: Load
 ) -> Capacity:
-    """``bytes_per_token``: per layer and KV head, K and V together."""
-    full = shape.layers - len(shape.windows)
-    kinds = {None: full, **Counter(shape.windows)}
-    group = _group_size(list(kinds.values()))
+    """``bytes_per_token``: per layer and KV head, K and V together. ``step``: tokens of the smallest block."""
+    token, block_tokens, per_request = bytes_per_token * shape.kv_heads, step, 0
+    kinds = {None: shape.layers - len(shape.windows), **Counter(shape.windows)}
+    sizes = [n for n in kinds.values() if n]
+    if shape.states:  # a block is large enough for a state
+        block_tokens = step * -(-shape.states.nbytes(load.drafts) // (step * token))
+        sizes.append(shape.states.layers)
+    group = _group_size(sizes)
+    if shape.states:
+        per_request += -(-shape.states.layers // group) * load.states
     # A request has its own blocks, and a ring, in each group.
-    per_request = sum(-(-n // group) * (load.blocks(w, block_tokens) + tail_blocks) for w, n in kinds.items() if n)
-    blocks = memory // (bytes_per_token * block_tokens * shape.kv_heads * group)
+    tail = -(-tail_pages // (block_tokens // step))
+    per_request += sum(-(-n // group) * (load.blocks(w, block_tokens) + tail) for w, n in kinds.items())
+    return _capacity(name, shape, bytes_per_token, block_tokens, memory // (token * block_tokens * group), tail,
+                     per_request, load)  # fmt: skip
+
+
+def capacity_beside(
+    name: str, bytes_per_token: int, tail_pages: int, skipped: Skipped, shape: ModelShape, memory: int, load: Load
+) -> Capacity:
+    """The same for OScaR beside ``skipped`` layers, whose pages are packed with ours into blocks of 128 tokens."""
+    ours, wide = (n * shape.kv_heads * PAGE_TOKENS for n in (bytes_per_token, 2 * shape.head_dim * shape.itemsize))
+    layers = shape.layers - skipped.layers - (len(shape.windows) if skipped.windows else 0)
+    block = layers * ours + skipped.layers * wide
+    per_request = load.blocks(None, PAGE_TOKENS) + tail_pages
+    if skipped.windows:  # as many in a group as fit into a block
+        fit = max(1, block // wide)
+        block = max(block, min(fit, max(Counter(shape.windows).values())) * wide)
+        per_request += sum(-(-n // fit) * load.blocks(w, PAGE_TOKENS) for w, n in Counter(shape.windows).items())
+    mean = (bytes_per_token * layers + 2 * shape.head_dim * shape.itemsize * (shape.layers - layers)) / shape.layers
+    return _capacity(name, shape, mean, PAGE_TOKENS, memory // block, tail_pages, per_request, load)
+
+
+def _capacity(name, shape, bytes_per_token, block_tokens, blocks, tail, per_request, load) -> Capacity:
     requests = blocks / per_request
     bits = bytes_per_token * 8 / (2 * shape.head_dim)
-    return Capacity(name, bits, blocks, tail_blocks, requests, int(requests * load.context))
+    return Capacity(name, bits, block_tokens, blocks, tail, requests, int(requests * load.context))
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Layers in the model's dtype beside OScaR's: some that see all tokens, or all that have a sliding window."""
+
+    layers: int = 0
+    windows: bool = False
+
+    @staticmethod
+    def parse(text: str, shape: ModelShape) -> Skipped:
+        """``"0,1,34,35"`` or ``"sliding_window"``. Raises ``ValueError`` in one sentence for what cannot be served."""
+        names = set(text.split(","))
+        if shape.states:
+            raise ValueError("layers cannot be skipped beside state-space layers; leave out --skip-layers")
+        if names == {"sliding_window"}:
+            return Skipped(windows=bool(shape.windows))
+        unknown = names - {str(layer) for layer in range(shape.layers)}
+        if unknown:
+            raise ValueError(f"--skip-layers {text}: name layers by numbers from 0 to {shape.layers - 1}, or all that "
+                             "have a window by sliding_window")  # fmt: skip
+        if len(names) == shape.layers:
+            raise ValueError(f"--skip-layers {text}: these are all layers of the model; skip fewer")
+        if shape.windows:
+            raise ValueError(f"--skip-layers {text}: of models with sliding windows only sliding_window is planned")
+        return Skipped(len(names))
 
 
 def plan(
@@ -177,21 +250,28 @@ def plan(
     speculative_tokens: int = 0,
     draft_layers: int = 0,
     batched_tokens: int = 8192,
+    prefix_caching: bool = True,
+    skip_layers: str | None = None,
 ) -> list[Capacity]:
     """Capacity of ``auto`` (the model's dtype), fp8 and every preset that supports the head size.
 
     ``draft_layers``: attention layers of a drafter, each as large as one of the model's.
     ``batched_tokens``: ``--max-num-batched-tokens``. Two steps are under way, as with asynchronous scheduling.
+    ``prefix_caching``: matters with state-space layers.
+    ``skip_layers``: see :meth:`Skipped.parse`; without fp8, whose blocks vLLM makes otherwise then.
+    Raises ``ValueError`` in one sentence.
     """
+    skipped = Skipped.parse(skip_layers, shape) if skip_layers else None
     shape = replace(shape, layers=shape.layers + draft_layers)
-    wide, load = 2 * shape.head_dim, Load(context, 2 * batched_tokens)
-    rows = [
-        capacity("auto", wide * shape.itemsize, _VLLM_BLOCK, 0, shape, memory, load),
-        capacity("fp8", wide, _VLLM_BLOCK, 0, shape, memory, load),
-    ]
-    if shape.head_dim in SUPPORTED_HEAD_DIMS:
-        for name in PRESETS:
-            fmt = PageFormat.preset(name, shape.head_dim)
-            tail = fmt.ring_pages(shape.itemsize, speculative_tokens)
+    wide, load = 2 * shape.head_dim, Load(context, 2 * batched_tokens, speculative_tokens, prefix_caching)
+    rows = [capacity("auto", wide * shape.itemsize, _VLLM_BLOCK, 0, shape, memory, load)]
+    if not skipped:
+        rows.append(capacity("fp8", wide, _VLLM_BLOCK, 0, shape, memory, load))
+    for name in PRESETS if shape.head_dim in SUPPORTED_HEAD_DIMS else ():
+        fmt = PageFormat.preset(name, shape.head_dim)
+        tail = fmt.ring_pages(shape.itemsize, speculative_tokens)
+        if skipped:
+            rows.append(capacity_beside(name, fmt.bytes_per_token, tail, skipped, shape, memory, load))
+        else:
             rows.append(capacity(name, fmt.bytes_per_token, PAGE_TOKENS, tail, shape, memory, load))
     return rows
