@@ -122,6 +122,13 @@ def test_chunked_prefill(engine_host, model, prompts, auto):
 
 
 @pytest.mark.slow
+def test_compiled(engine_host, model, prompts, auto):
+    engine_host.start("oscar", env=LOSSLESS, enforce_eager=False, enable_prefix_caching=True, **model)
+    for _ in range(2):
+        assert_close(auto["shared"], engine_host.run(prompts["shared"]), ROUNDING)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["oscar", "oscar_paper"])
 def test_real_pages(engine_host, model, prompts, auto, preset):
     """What is quantized is near enough, with hits inside a block of many pages as without."""

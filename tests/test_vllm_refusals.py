@@ -131,6 +131,14 @@ GEMMA3 = {
     "sliding_window": 512,
     "layer_types": ["sliding_attention", "full_attention"],
 }
+THREE_LAYERS = {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+LFM2 = {
+    "architectures": ["Lfm2ForCausalLM"],
+    "model_type": "lfm2",
+    "layer_types": ["conv", "full_attention"],
+    "conv_L_cache": 3,
+    "conv_dim": 256,
+}
 GEMMA2 = GEMMA3 | {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "attn_logit_softcapping": 50.0}
 GPT_OSS = GEMMA3 | {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "num_local_experts": 2}
 GEMMA3N = GEMMA3 | {
@@ -196,6 +204,71 @@ def test_head_sizes_that_are_supported(refusal, head_dim):
     assert refusal.create({"head_dim": head_dim}).model_config.get_head_size() == head_dim
 
 
+SKIP = "kv_cache_dtype_skip_layers"
+
+
+@pytest.mark.parametrize(
+    "config, args, what, remedy",
+    [
+        ({}, {SKIP: ["2"]}, "--kv-cache-dtype-skip-layers 2", "name layers by their numbers, 0 to 1"),
+        ({}, {SKIP: ["first"]}, "--kv-cache-dtype-skip-layers first", "sliding_window"),
+        ({}, {SKIP: ["0", "1"]}, "with all layers of the model", "skip fewer"),
+        (LFM2, {SKIP: ["1"]}, "with state-space layers, whose blocks have several pages", "remove the option"),
+        (GEMMA3 | THREE_LAYERS, {SKIP: ["0"]}, "some layers that have a sliding window", "skip all of them by"),
+        ({}, {SKIP: ["0"], "kv_offloading_size": 1.0}, "KV-cache offloading with", "remove --kv-offloading-size"),
+        (LFM2, {"kv_offloading_size": 1.0}, "KV-cache offloading with state-space layers", "--kv-offloading-size"),
+    ],
+)
+def test_layers_beside_ours(refusal, config, args, what, remedy):
+    assert_sentence(refusal(config, **args), what, remedy)
+
+
+def test_another_layout_beside_skipped_layers(refusal, monkeypatch):
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "LBHNC")
+    assert_sentence(refusal(kv_cache_dtype_skip_layers=["0"]), "VLLM_KV_CACHE_LAYOUT=LBHNC", "unset the variable")
+    monkeypatch.delenv("VLLM_KV_CACHE_LAYOUT")
+    assert refusal.create(kv_cache_dtype_skip_layers=["0"]).cache_config.kv_cache_layout == "BLHNC"
+
+
+@pytest.mark.parametrize("beside", ["lfm2", "skipped"])
+def test_drafters_beside_layers_that_are_not_ours(refusal, beside):
+    """At the level of the check: vLLM wants a draft model's files before it gets there."""
+    config = refusal.create(LFM2 if beside == "lfm2" else {})
+    if beside == "skipped":
+        config.cache_config.kv_cache_dtype_skip_layers = ["0"]
+    config.speculative_config = SimpleNamespace(method="eagle")
+    with pytest.raises(UnsupportedByOscar) as caught:
+        checks._check_hybrid(config, "oscar")
+        checks._check_skipped_layers(config, "oscar")
+    assert_sentence(str(caught.value), "a drafter with a KV cache (eagle)", "remove --speculative-config")
+
+
+def test_a_hybrid_is_accepted_with_hits_of_single_pages(refusal):
+    assert refusal.create(LFM2).cache_config.prefix_match_unit == 128
+    assert refusal.create().cache_config.prefix_match_unit is None
+
+
+class Backend:
+    """A backend for layers in the model's dtype."""
+
+    get_name = staticmethod(lambda: "FLEX_ATTENTION")
+    supported_kv_cache_layouts = staticmethod(lambda: (SimpleNamespace(name="LBNHC"),))
+
+
+def test_a_backend_that_cannot_read_packed_pages():
+    layer = SimpleNamespace(attn_backend=Backend, attn_type="decoder")
+    cache = SimpleNamespace(cache_dtype="oscar", kv_cache_layout=None)
+    checks.check_wide_layer(layer, cache)
+    cache.kv_cache_layout = "BLHNC"
+    with pytest.raises(UnsupportedByOscar) as caught:
+        checks.check_wide_layer(layer, cache)
+    assert_sentence(
+        str(caught.value), "--kv-cache-dtype-skip-layers with FLEX_ATTENTION", "another --attention-backend"
+    )
+    layer.attn_type = "encoder_only"
+    checks.check_wide_layer(layer, cache)
+
+
 OFFLOADING = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
 NO_CONNECTOR = "use --kv-offloading-size with --kv-offloading-backend native, or remove --kv-transfer-config"
 EAGLE = {"method": "eagle", "num_speculative_tokens": 2}
@@ -205,9 +278,6 @@ EAGLE = {"method": "eagle", "num_speculative_tokens": 2}
     "args, what, remedy",
     [
         pytest.param({"block_size": 64}, "--block-size 64", "--block-size 128", id="block-size"),
-        pytest.param(
-            {"kv_cache_dtype_skip_layers": ["0"]}, "--kv-cache-dtype-skip-layers", "remove the option", id="skip-layers"
-        ),
         pytest.param(
             {"kv_transfer_config": OFFLOADING | {"kv_connector_extra_config": {"spec_name": "TieringOffloadingSpec"}}},
             "KV-cache offloading with spec_name 'TieringOffloadingSpec'",

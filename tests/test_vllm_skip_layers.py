@@ -105,9 +105,9 @@ def test_real_pages(engine_host, prompts, auto, preset):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("skipped", [["sliding_window"], ["5"], ["1", "5"]], ids="-".join)
+@pytest.mark.parametrize("skipped", [["sliding_window"], ["5"], ["0", "1", "2", "3", "4"]], ids="-".join)
 def test_windows(engine_host, tmp_path_factory, prompts, skipped):
-    """Gemma 3: all windows in float32, with pages of vLLM's own backend; the full layer; and one of each."""
+    """Gemma 3: all windows in float32, with pages of vLLM's own backend, and the full layer alone."""
     folder = tmp_path_factory.getbasetemp() / "skip-gemma3"
     if not folder.exists():
         folder.mkdir()

@@ -14,7 +14,7 @@ from vllm import envs as vllm_envs
 
 from vllm_oscar.core import envs
 from vllm_oscar.core.config import PAGE_TOKENS, PRESETS, SUPPORTED_HEAD_DIMS, NormScope
-from vllm_oscar.core.layers import uneven_layers
+from vllm_oscar.core.layers import sliding_windows, uneven_layers
 from vllm_oscar.engine import symbols
 from vllm_oscar.engine.refusal import OTHER_MODEL, UnsupportedByOscar
 
@@ -242,14 +242,18 @@ def _check_hybrid(vllm_config, dtype: str) -> None:
     """What does not go with state-space layers, for which a block has several pages; and hits of single pages."""
     if not vllm_config.model_config.is_hybrid:
         return
-    cache = vllm_config.cache_config
+    _refuse_beside(vllm_config, dtype, "state-space layers", "choose another model")
+    vllm_config.cache_config.prefix_match_unit = PAGE_TOKENS  # else hits end with a block
+
+
+def _refuse_beside(vllm_config, dtype: str, what: str, remedy: str) -> None:
+    """Refuse what was never run beside layers that are not ours."""
+    cache, speculative = vllm_config.cache_config, vllm_config.speculative_config
     if cache.kv_offloading_size is not None or vllm_config.kv_transfer_config is not None:
-        _refuse(
-            dtype,
-            "KV-cache offloading of models with state-space layers",
-            "remove --kv-offloading-size and --kv-transfer-config",
-        )
-    cache.prefix_match_unit = PAGE_TOKENS  # else hits end with a block
+        remedy = f"remove --kv-offloading-size and --kv-transfer-config, or {remedy}"
+        _refuse(dtype, f"KV-cache offloading with {what}", remedy)
+    if speculative is not None and speculative.method in _WITH_LAYERS:
+        _refuse(dtype, f"a drafter with a KV cache ({speculative.method}) with {what}", f"{_NO_DRAFT}, or {remedy}")
 
 
 def _check_skipped_layers(vllm_config, dtype: str) -> None:
@@ -273,6 +277,15 @@ def _check_skipped_layers(vllm_config, dtype: str) -> None:
         _refuse(dtype, f"{option} with all layers of the model", "skip fewer, or use --kv-cache-dtype auto")
     if model.is_hybrid:
         _refuse(dtype, f"{option} with state-space layers, whose blocks have several pages", "remove the option")
+    windows = {str(i) for i, window in enumerate(sliding_windows(model.hf_text_config.to_dict())) if window}
+    if "sliding_window" not in skipped and skipped & windows and windows - skipped:
+        # vLLM forms groups of such layers as if it could not happen, and loses some.
+        _refuse(
+            dtype,
+            f"{option} with some layers that have a sliding window, and not all",
+            "skip all of them by sliding_window, or none",
+        )
+    _refuse_beside(vllm_config, dtype, option, "remove the option")
     if os.environ.get("VLLM_KV_CACHE_LAYOUT", MIXED_LAYOUT) != MIXED_LAYOUT:
         _refuse(dtype, f"{option} with VLLM_KV_CACHE_LAYOUT={os.environ['VLLM_KV_CACHE_LAYOUT']}", "unset the variable")
     cache.kv_cache_layout = MIXED_LAYOUT
