@@ -51,6 +51,23 @@ def noisy(folder: Path) -> str:
     return _save(folder, weights)
 
 
+def random(folder: Path) -> str:
+    """A draft model of another shape, a layer with four KV heads of 64: never right, but the same every time."""
+    generator = torch.Generator().manual_seed(2)
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64}
+    sizes = {name: weight.shape for name, weight in _weights().items() if not name.startswith("model.layers.")}
+    layer = _layer(_weights(), 0, "model.layers.0.")
+    for name, weight in layer.items():
+        width = 4 * 64
+        is_projection = name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+        sizes[name] = (width, HIDDEN) if is_projection else (HIDDEN, width) if "o_proj" in name else weight.shape
+    weights = {
+        name: torch.ones(size) if len(size) == 1 else 0.1 * torch.randn(size, generator=generator)
+        for name, size in sizes.items()
+    }
+    return _save(folder, weights, **shape)
+
+
 def eagle(folder: Path) -> str:
     """EAGLE: all of the demo model's layers on the next token's embedding, without the first norm, which EAGLE lacks.
 
@@ -104,6 +121,7 @@ def mtp(folder: Path) -> str:
 SPECULATION = {
     "same": {"method": "draft_model"},  # the target itself
     "noisy": {"method": "draft_model"},
+    "random": {"method": "draft_model"},
     "eagle": {"method": "eagle"},
     "eagle3": {"method": "eagle3"},
     "mtp": {"method": "mtp"},
@@ -111,12 +129,15 @@ SPECULATION = {
 """What vLLM is told of each kind, besides the checkpoint and the number of tokens."""
 
 
-def options(kind: str, folder: Path, tokens: int) -> dict:
-    """Engine arguments for the demo model with one kind of drafter, whose checkpoint is made in ``folder`` once."""
-    makers = {"noisy": noisy, "eagle": eagle, "eagle3": eagle3, "mtp": mtp}
+def options(kind: str, folder: Path, tokens: int, **more) -> dict:
+    """Engine arguments for the demo model with one kind of drafter, whose checkpoint is made in ``folder`` once.
+
+    ``more``: goes into ``speculative_config``.
+    """
+    makers = {"noisy": noisy, "random": random, "eagle": eagle, "eagle3": eagle3, "mtp": mtp}
     path = folder / kind
     if kind in makers and not path.exists():
         makers[kind](path)
     model = str(path if kind in makers else MODEL)
-    config = SPECULATION[kind] | {"model": model, "num_speculative_tokens": tokens}
+    config = SPECULATION[kind] | {"model": model, "num_speculative_tokens": tokens} | more
     return {"speculative_config": config} | ({"hf_overrides": {"num_nextn_predict_layers": 1}} if kind == "mtp" else {})

@@ -135,6 +135,18 @@ def test_lossless_with_preemption_too(engine_host, prompts, plain, auto, folder,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["same", "random", "eagle", "mtp"])
+def test_a_drafter_in_the_models_dtype(engine_host, prompts, plain, auto, folder, kind):
+    """Beside pages of another size; also one of other heads, which must be so. First lossless, then quantized."""
+    expected, options = auto(kind), drafters.options(kind, folder, TOKENS, kv_cache_dtype="auto")
+    found = Rounds(engine_host, prompts, "oscar", LOSSLESS, enable_prefix_caching=True, **BATCH, **options)
+    assert_same(plain + plain, found.found)
+    same_drafts(expected, found)
+    found = Rounds(engine_host, prompts, "oscar", {}, enable_prefix_caching=True, **BATCH, **options)
+    assert found.rate == pytest.approx(expected.rate, rel=0.05, abs=0.005)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["same", "noisy", "eagle"])
 def test_quantized_pages_cost_few_accepted_tokens(engine_host, prompts, auto, folder, kind):
     options = drafters.options(kind, folder, TOKENS)
@@ -290,7 +302,7 @@ def test_a_captured_chain_of_draft_steps(layers):
     assert pages.supports_draft_decode_metadata_update and tail.supports_draft_decode_metadata_update
     step = common([384, 1000, 0], [1, 1, 0], ring_table([384 - 128, 0, 0]))  # the last one is padding
     ring, of_pages = tail.build(0, step), pages.build(0, step)
-    address, joined = ring.ring_start.data_ptr(), of_pages.step(ring, lambda made, host: made)
+    address, joined = ring.ring_start.data_ptr(), of_pages.step(ring, None, lambda made, host: made)
     for ahead in range(1, 4):
         step.seq_lens[:2] += 1
         pages.update_draft_decode_metadata(of_pages)

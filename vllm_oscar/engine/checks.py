@@ -178,18 +178,30 @@ def _check_speculation(vllm_config, dtype: str) -> None:
         )
     if speculative.parallel_drafting:
         _refuse(dtype, "parallel drafting", 'remove "parallel_drafting" from --speculative-config')
-    if speculative.kv_cache_dtype not in (None, dtype):
+    if speculative.kv_cache_dtype not in (None, dtype, "auto"):
         _refuse(
             dtype,
-            f"a drafter with another KV-cache dtype ({speculative.kv_cache_dtype})",
-            'remove "kv_cache_dtype" from --speculative-config',
+            f"a drafter with KV-cache dtype {speculative.kv_cache_dtype}",
+            'remove "kv_cache_dtype" from --speculative-config, or let it be "auto"',
         )
     draft = speculative.draft_model_config
     if draft.hf_config.model_type in _OTHER_MTP:
         _refuse(dtype, f"drafts of the kind {draft.hf_config.model_type}", _NO_DRAFT)
     _check_model(draft, dtype, " in the drafter")
-    if vllm_config.model_config is not None:
+    if vllm_config.model_config is None:
+        return
+    if wide_drafter(vllm_config):
+        option, remedy = "a drafter in the model's dtype", 'remove "kv_cache_dtype" from --speculative-config'
+        _mix_pages(vllm_config, option, remedy, dtype)
+        _refuse_offloading(vllm_config, dtype, option, remedy)
+    else:
         _check_shape_of_draft(vllm_config, draft, dtype)
+
+
+def wide_drafter(vllm_config) -> bool:
+    """Whether a drafter's layers are in the model's dtype, if the target's are not."""
+    speculative = vllm_config.speculative_config
+    return speculative is not None and speculative.method in _WITH_LAYERS and speculative.kv_cache_dtype == "auto"
 
 
 def _check_shape_of_draft(vllm_config, draft, dtype: str) -> None:
@@ -199,7 +211,7 @@ def _check_shape_of_draft(vllm_config, draft, dtype: str) -> None:
     heads = [draft.get_num_kv_heads(parallel), target.get_num_kv_heads(vllm_config.parallel_config)]
     sizes = [draft.get_head_size(), target.get_head_size()]
     if sizes[0] != sizes[1] or heads[0] != heads[1]:
-        remedy = f"use a drafter whose KV heads and head size are the target's, or {_NO_DRAFT}"
+        remedy = 'let "kv_cache_dtype" in --speculative-config be "auto", or use a drafter of the target\'s shape'
         if parallel.tensor_parallel_size != vllm_config.parallel_config.tensor_parallel_size:
             remedy = 'remove "draft_tensor_parallel_size" from --speculative-config, or ' + remedy
         what = f"a drafter with {heads[0]} KV heads of {sizes[0]} beside the target's {heads[1]} of {sizes[1]}"
@@ -248,19 +260,20 @@ def _check_hybrid(vllm_config, dtype: str) -> None:
 
 def _refuse_beside(vllm_config, dtype: str, what: str, remedy: str) -> None:
     """Refuse what was never run beside layers that are not ours."""
-    cache, speculative = vllm_config.cache_config, vllm_config.speculative_config
-    if cache.kv_offloading_size is not None or vllm_config.kv_transfer_config is not None:
-        remedy = f"remove --kv-offloading-size and --kv-transfer-config, or {remedy}"
-        _refuse(dtype, f"KV-cache offloading with {what}", remedy)
+    _refuse_offloading(vllm_config, dtype, what, remedy)
+    speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method in _WITH_LAYERS:
         _refuse(dtype, f"a drafter with a KV cache ({speculative.method}) with {what}", f"{_NO_DRAFT}, or {remedy}")
 
 
-def _check_skipped_layers(vllm_config, dtype: str) -> None:
-    """Layers in the model's dtype beside ours: have their pages packed into blocks, each as large as it is.
+def _refuse_offloading(vllm_config, dtype: str, what: str, remedy: str) -> None:
+    if vllm_config.cache_config.kv_offloading_size is not None or vllm_config.kv_transfer_config is not None:
+        remedy = f"remove --kv-offloading-size and --kv-transfer-config, or {remedy}"
+        _refuse(dtype, f"KV-cache offloading with {what}", remedy)
 
-    With vLLM's usual layout all layers' pages would become as large as the largest.
-    """
+
+def _check_skipped_layers(vllm_config, dtype: str) -> None:
+    """Layers in the model's dtype beside ours."""
     cache, model = vllm_config.cache_config, vllm_config.model_config
     skipped, option = set(cache.kv_cache_dtype_skip_layers), "--kv-cache-dtype-skip-layers"
     if not skipped:
@@ -275,8 +288,6 @@ def _check_skipped_layers(vllm_config, dtype: str) -> None:
         )
     if layers <= skipped:
         _refuse(dtype, f"{option} with all layers of the model", "skip fewer, or use --kv-cache-dtype auto")
-    if model.is_hybrid:
-        _refuse(dtype, f"{option} with state-space layers, whose blocks have several pages", "remove the option")
     windows = {str(i) for i, window in enumerate(sliding_windows(model.hf_text_config.to_dict())) if window}
     if "sliding_window" not in skipped and skipped & windows and windows - skipped:
         # vLLM forms groups of such layers as if it could not happen, and loses some.
@@ -285,27 +296,46 @@ def _check_skipped_layers(vllm_config, dtype: str) -> None:
             f"{option} with some layers that have a sliding window, and not all",
             "skip all of them by sliding_window, or none",
         )
+    _mix_pages(vllm_config, option, "remove the option", dtype)
     _refuse_beside(vllm_config, dtype, option, "remove the option")
+
+
+def _mix_pages(vllm_config, option: str, remedy: str, dtype: str) -> None:
+    """Have pages of different size packed into blocks, each as large as it is.
+
+    With vLLM's usual layout all layers' pages would become as large as the largest.
+    """
+    if vllm_config.model_config.is_hybrid:
+        _refuse(dtype, f"{option} with state-space layers, whose blocks have several pages", remedy)
     if os.environ.get("VLLM_KV_CACHE_LAYOUT", MIXED_LAYOUT) != MIXED_LAYOUT:
         _refuse(dtype, f"{option} with VLLM_KV_CACHE_LAYOUT={os.environ['VLLM_KV_CACHE_LAYOUT']}", "unset the variable")
-    cache.kv_cache_layout = MIXED_LAYOUT
+    vllm_config.cache_config.kv_cache_layout = MIXED_LAYOUT
 
 
-def check_wide_layer(layer, cache) -> None:
+def mixes_pages(vllm_config) -> bool:
+    """Whether layers in the model's dtype have pages in the same blocks as ours."""
+    return bool(vllm_config.cache_config.kv_cache_dtype_skip_layers) or wide_drafter(vllm_config)
+
+
+def check_wide_layer(layer, vllm_config) -> None:
     """Refuse a layer in the model's dtype, beside ours, whose backend cannot read its pages where they lie.
 
     CPU_ATTN can, although it only names the layout in which it usually finds them.
     """
     from vllm.v1.attention.backend import AttentionType
 
+    cache = vllm_config.cache_config
     if cache.kv_cache_layout != MIXED_LAYOUT or layer.attn_type != AttentionType.DECODER:
         return  # nothing is mixed, or this layer has no pages
+    # A drafter's configuration has the drafter's dtype.
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    ours = {cache.cache_dtype, *(getattr(other, "kv_cache_dtype", None) for other in layers)} & set(PRESETS)
     layouts = layer.attn_backend.supported_kv_cache_layouts()
     name = layer.attn_backend.get_name()
-    if name != "CPU_ATTN" and layouts is not None and MIXED_LAYOUT not in {layout.name for layout in layouts}:
+    if ours and name != "CPU_ATTN" and layouts is not None and MIXED_LAYOUT not in {layout.name for layout in layouts}:
         _refuse(
-            cache.cache_dtype,
-            f"--kv-cache-dtype-skip-layers with {name}, which cannot read KV-cache layout {MIXED_LAYOUT}",
+            min(ours),
+            f"layers in the model's dtype with {name}, which cannot read KV-cache layout {MIXED_LAYOUT}",
             "choose another --attention-backend",
         )
 

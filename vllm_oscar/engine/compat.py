@@ -289,10 +289,10 @@ def patch_attention_layer() -> None:
                 self.attn_backend.bytes_per_token[self.head_size] = self.impl.fmt.bytes_per_token
                 if vllm_config.device_config.device_type == "cpu":
                     patch_cpu_zeroing()
-            elif vllm_config.cache_config.cache_dtype in PRESETS:
+            else:
                 from vllm_oscar.engine.checks import check_wide_layer
 
-                check_wide_layer(self, vllm_config.cache_config)
+                check_wide_layer(self, vllm_config)
 
         return __init__
 

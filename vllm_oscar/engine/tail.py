@@ -12,6 +12,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from vllm_oscar.core.config import PAGE_TOKENS
 from vllm_oscar.engine.backend import OscarTailBackend
+from vllm_oscar.engine.checks import mixes_pages
 from vllm_oscar.engine.metadata import OscarTailMetadataBuilder
 from vllm_oscar.engine.scheduler import OscarTailSpec
 
@@ -63,7 +64,7 @@ class OscarTail(nn.Module, AttentionLayerBase):
             pages=self.pages,
             sliding_window=self.sliding_window,
             split=block_size // PAGE_TOKENS,
-            mixed=bool(vllm_config.cache_config.kv_cache_dtype_skip_layers),
+            mixed=mixes_pages(vllm_config),
             **extra,
         )
 
