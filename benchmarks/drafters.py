@@ -84,6 +84,28 @@ def eagle(folder: Path) -> str:
     return _save(folder, layers | {"fc.weight": merge})
 
 
+def random_eagle(folder: Path, target: dict) -> str:
+    """EAGLE: a random layer for any target whose ``config.json`` this is; with the target's embedding and head."""
+    generator = torch.Generator().manual_seed(3)
+    names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+    hidden, heads, kv_heads, head_dim, _ = (target[name] for name in names)
+    layer, inner = "layers.0.", 2 * hidden
+    sizes = {
+        "fc": (hidden, 2 * hidden),
+        f"{layer}self_attn.q_proj": (heads * head_dim, hidden),
+        f"{layer}self_attn.k_proj": (kv_heads * head_dim, hidden),
+        f"{layer}self_attn.v_proj": (kv_heads * head_dim, hidden),
+        f"{layer}self_attn.o_proj": (hidden, heads * head_dim),
+        f"{layer}mlp.gate_proj": (inner, hidden),
+        f"{layer}mlp.up_proj": (inner, hidden),
+        f"{layer}mlp.down_proj": (hidden, inner),
+    }
+    weights = {f"{name}.weight": 0.2 * torch.randn(size, generator=generator) for name, size in sizes.items()}
+    weights[f"{layer}post_attention_layernorm.weight"] = torch.ones(hidden)
+    shape = {name: target[name] for name in names} | {"intermediate_size": inner, "num_hidden_layers": 1}
+    return _save(folder, weights, **shape)
+
+
 def eagle3(folder: Path) -> str:
     """EAGLE-3: a layer of the demo model, its attention four times as loud, on what a layer before it says."""
     weights = _weights()
@@ -118,6 +140,14 @@ def mtp(folder: Path) -> str:
     return _save(folder, block | rest, **ernie)
 
 
+def medusa(folder: Path, heads: int = 4) -> str:
+    """Medusa: that many random heads, each for a token; it has no attention."""
+    generator = torch.Generator().manual_seed(4)
+    weights = {f"blocks.{i}.layers.0.weight": torch.randn(HIDDEN, HIDDEN, generator=generator) for i in range(heads)}
+    weights |= {f"lm_heads.{i}.weight": _weights()["model.embed_tokens.weight"] for i in range(heads)}
+    return _save(folder, weights, architectures=["MedusaModel"], model_type="medusa", num_hidden_layers=1)
+
+
 SPECULATION = {
     "same": {"method": "draft_model"},  # the target itself
     "noisy": {"method": "draft_model"},
@@ -125,6 +155,7 @@ SPECULATION = {
     "eagle": {"method": "eagle"},
     "eagle3": {"method": "eagle3"},
     "mtp": {"method": "mtp"},
+    "medusa": {"method": "medusa"},
 }
 """What vLLM is told of each kind, besides the checkpoint and the number of tokens."""
 
@@ -134,7 +165,7 @@ def options(kind: str, folder: Path, tokens: int, **more) -> dict:
 
     ``more``: goes into ``speculative_config``.
     """
-    makers = {"noisy": noisy, "random": random, "eagle": eagle, "eagle3": eagle3, "mtp": mtp}
+    makers = {"noisy": noisy, "random": random, "eagle": eagle, "eagle3": eagle3, "mtp": mtp, "medusa": medusa}
     path = folder / kind
     if kind in makers and not path.exists():
         makers[kind](path)

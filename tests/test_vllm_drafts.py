@@ -8,11 +8,13 @@ tokens are equal, which shows that no page and no position is wrong; and as many
 
 from __future__ import annotations
 
+import json
 import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
+import window_models
 from test_vllm_lossless import LOSSLESS, NAN, assert_same
 from vllm_engine import MODEL
 
@@ -98,7 +100,9 @@ def same_drafts(expected: Rounds, found: Rounds) -> None:
     assert (found.accepted, found.drafted) == (expected.accepted, expected.drafted)
 
 
-@pytest.mark.parametrize("kind", [k if k == "eagle" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
+@pytest.mark.parametrize(
+    "kind", [k if k == "eagle" else pytest.param(k, marks=pytest.mark.slow) for k in (*KINDS, "medusa")]
+)
 def test_lossless_with_hits_and_chunks(engine_host, prompts, plain, auto, folder, kind):
     expected = auto(kind)
     assert expected.rate > {"same": 0.95, "noisy": 0.7, "eagle": 0.3}.get(kind, 0)
@@ -132,6 +136,26 @@ def test_lossless_with_preemption_too(engine_host, prompts, plain, auto, folder,
     assert_same(plain + plain, found.found)
     assert found.rate == pytest.approx(auto(kind).rate, rel=0.05, abs=0.005)
     assert found.state["free"] == 29
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [window_models.gemma3, window_models.gpt_oss], ids=lambda model: model.__name__)
+def test_eagle_beside_sliding_windows(engine_host, tmp_path_factory, prompts, model):
+    """Its layer is in the group of the full layers, so it must be given that one's ring."""
+    folder = tmp_path_factory.mktemp("windows")
+    model(folder / "target")
+    config = json.loads((folder / "target" / "config.json").read_text())
+    draft = drafters.random_eagle(folder / "eagle", config)
+    options = {
+        "model": str(folder / "target"),
+        "max_model_len": 1024,
+        "enable_prefix_caching": True,
+        "speculative_config": {"method": "eagle", "model": draft, "num_speculative_tokens": TOKENS},
+    }
+    expected = Rounds(engine_host, prompts, "auto", {}, **BATCH, **options)
+    found = Rounds(engine_host, prompts, "oscar", LOSSLESS, **BATCH, **options)
+    assert_same(expected.found, found.found)
+    same_drafts(expected, found)
 
 
 @pytest.mark.slow
