@@ -257,16 +257,22 @@ class Backend:
 
 def test_a_backend_that_cannot_read_packed_pages():
     layer = SimpleNamespace(attn_backend=Backend, attn_type="decoder")
-    cache = SimpleNamespace(cache_dtype="oscar", kv_cache_layout=None)
-    checks.check_wide_layer(layer, cache)
+    cache, made = SimpleNamespace(cache_dtype="oscar", kv_cache_layout=None), {}
+    config = SimpleNamespace(cache_config=cache, compilation_config=SimpleNamespace(static_forward_context=made))
+    checks.check_wide_layer(layer, config)
     cache.kv_cache_layout = "BLHNC"
     with pytest.raises(UnsupportedByOscar) as caught:
-        checks.check_wide_layer(layer, cache)
-    assert_sentence(
-        str(caught.value), "--kv-cache-dtype-skip-layers with FLEX_ATTENTION", "another --attention-backend"
-    )
+        checks.check_wide_layer(layer, config)
+    what = "layers in the model's dtype with FLEX_ATTENTION"
+    assert_sentence(str(caught.value), what, "another --attention-backend")
+    cache.cache_dtype = "auto"  # a drafter's configuration; only the layers made so far tell of ours
+    checks.check_wide_layer(layer, config)
+    made["of the target"] = SimpleNamespace(kv_cache_dtype="oscar_small")
+    with pytest.raises(UnsupportedByOscar) as caught:
+        checks.check_wide_layer(layer, config)
+    assert_sentence(str(caught.value), what, "another --attention-backend")
     layer.attn_type = "encoder_only"
-    checks.check_wide_layer(layer, cache)
+    checks.check_wide_layer(layer, config)
 
 
 OFFLOADING = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
@@ -402,6 +408,20 @@ def test_a_draft_model_is_accepted(refusal, drafting):
 )  # fmt: skip
 def test_a_draft_model_that_does_not_fit(refusal, drafting, config, options, what, remedy):
     assert_sentence(refusal(**drafting(config, **options)), what, remedy)
+
+
+@pytest.mark.parametrize("config", [{}, {"num_key_value_heads": 1, "head_dim": 64}])
+def test_a_drafter_in_the_models_dtype_is_accepted(refusal, drafting, config):
+    """Whatever its shape; its pages and ours are packed into blocks."""
+    assert refusal.create(**drafting(config, kv_cache_dtype="auto")).cache_config.kv_cache_layout == "BLHNC"
+
+
+def test_what_a_drafter_in_the_models_dtype_is_refused_beside(refusal, drafting, monkeypatch):
+    wide, remedy = drafting(kv_cache_dtype="auto"), 'remove "kv_cache_dtype" from --speculative-config'
+    assert_sentence(refusal(**wide, kv_offloading_size=1.0), "a drafter in the model's dtype", remedy)
+    assert_sentence(refusal(**wide, kv_cache_dtype_skip_layers=["0"]), "a drafter with a KV cache", "remove")
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "LBHNC")
+    assert_sentence(refusal(**wide), "a drafter in the model's dtype", "unset the variable")
 
 
 def test_fewer_ranks_for_the_drafter_name_their_option(refusal, drafting):
