@@ -18,6 +18,7 @@ import pathlib, re, subprocess, sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from vllm_oscar.core.format import PageFormat
+from vllm_oscar.core.softmax import Softmax
 from vllm_oscar.ops import triton as ops
 from vllm_oscar.ops.step import Cache, Step
 from vllm_oscar.ops.triton import decode as triton_decode, prefill as triton_prefill, store as triton_store
@@ -52,9 +53,10 @@ for tokens, requests, longest in eval(sys.argv[4]):
     table = torch.zeros(requests, 64, dtype=torch.int32)
     lens = torch.zeros(requests + 1, dtype=torch.int32)
     step = Step(lens, lens[1:], table, table, lens[1:], longest)
-    cache = Cache(pages, pages, 6, fmt, Softmax(0.1))
+    softmax = Softmax(0.1, 1000, 30.0, torch.zeros(32)) if "softmax" in sys.argv else Softmax(0.1)
+    cache = Cache(pages, pages, 6, fmt, softmax)
     ops.attention(step, cache, query, key, key, query)
-    if len(sys.argv) > 6:
+    if "store" in sys.argv:
         ops.store_pages(step, cache, key, key)
         ops.write_ring(step, cache, key, key)
 """
@@ -75,6 +77,13 @@ def compile_for(tmp_path, *args):
 def test_decode_compiles_without_spills(arch, tmp_path):
     usage = compile_for(tmp_path, arch, "oscar", 128, [(64, 64, 1)], "bfloat16")
     assert set(usage) == {"rotate_query_kernel", "decode_kernel", "combine_kernel"}
+    assert all(stack == 0 for _, stack in usage.values()), usage
+
+
+@pytest.mark.parametrize("steps, kernels", [([(64, 64, 1)], 3), ([(1000, 1, 1000)], 1)])
+def test_windows_sinks_and_soft_cap_compile(steps, kernels, tmp_path):
+    usage = compile_for(tmp_path, 90, "oscar", 64, steps, "bfloat16", "softmax")
+    assert len(usage) == kernels
     assert all(stack == 0 for _, stack in usage.values()), usage
 
 

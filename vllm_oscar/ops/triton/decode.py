@@ -28,6 +28,7 @@ from vllm_oscar.ops.triton.tokens import (
     page_row,
     query_tile,
     ring_row,
+    row_positions,
     softmax_args,
     step_args,
     step_tokens,
@@ -116,7 +117,7 @@ def decode_kernel(
             return
     if (block < 0) | (block * BLOCK_Q >= tokens.length):
         return
-    span = visible_span(step, softmax, request, tokens.context, 0)
+    span = visible_span(step, softmax, request, tokens.context, 0, M)
     per_split = pages_per_split(span.pages, splits)
     low = (split - 1) * per_split  # split 0 is the tail
     high = tl.minimum(low + per_split, span.pages)
@@ -167,8 +168,9 @@ def decode_kernel(
         table = page_row(step, request)
         low += span.page
         high += span.page
+        position = row_positions(tile, tokens.context)
         peak, total, out0, out1 = attend_pages(
-            q0, q1, q2, cache, softmax, table, head.to(tl.int64), low, high, span, tile, F, M
+            q0, q1, q2, cache, softmax, table, head.to(tl.int64), low, high, span, position, F, M
         )
         target = partial_ptr + (partial.to(tl.int64) * (2 * HALF_PAD))[:, None] + column[None, :]
         tl.store(target, out0, mask=is_row[:, None])
@@ -210,7 +212,7 @@ def combine_kernel(
     if MAX_QUERY:
         if tokens.length > MAX_QUERY:
             return
-    pages = visible_span(step, softmax, request, tokens.context, 0).pages
+    pages = visible_span(step, softmax, request, tokens.context, 0, M).pages
     per_split = pages_per_split(pages, splits)
     used = (pages + per_split - 1) // tl.maximum(per_split, 1)  # page splits with work
 

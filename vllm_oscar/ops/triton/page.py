@@ -80,7 +80,7 @@ def attend_group(
     head,  # int64
     index,  # of the key group in the sequence
     span,  # of its tokens, one is in the group
-    row_first,  # [rows] first position that each row sees, not before that of the span
+    row_first,  # [rows] with a sliding window: first position that each row sees, not before that of the span
     F: tl.constexpr,
     M: tl.constexpr,
 ):
@@ -96,7 +96,6 @@ def attend_group(
     UNIT: tl.constexpr = 16777216.0 if M.CODES else 1.0
     group = index % GROUPS
     page_index = index // GROUPS
-    begin = span.first - page_index * 128
     limit = span.ring - page_index * 128
     page = cache.pages + head * cache.page_head + tl.load(table + page_index).to(tl.int64) * cache.page_block
     first_page = page_index == 0
@@ -233,7 +232,7 @@ def attend_group(
         first16, first8 = slot_of(group * 2 * BLOCKS, M.FOLD, part)
         valid = position < limit - 16 * first16 - 8 * first8
         if M.SLIDING:
-            valid = valid & (position >= begin - 16 * first16 - 8 * first8)
+            valid = valid & (position >= span.first - page_index * 128 - 16 * first16 - 8 * first8)
         first = 16 * F.VALUE_GROUPS * first16 + 2 * first8
         offsets, acc0, acc1 = add_subset_values(
             value_words,
@@ -301,7 +300,7 @@ def attend_pages(
     low,  # pages low .. high - 1
     high,
     span,
-    tile,  # QueryTile
+    row_position,  # [rows] of each row's token
     F: tl.constexpr,
     M: tl.constexpr,
 ):
@@ -314,8 +313,11 @@ def attend_pages(
     acc = tl.zeros([ROWS, F.HALF_PAD], tl.float32)
     sums = PageSums(peak, zero, zero, acc, acc)
     GROUPS: tl.constexpr = 128 // F.KEY_GROUP
-    row_first = tl.maximum(tile.position + 1 - softmax.reach, span.first)
-    begin = tl.maximum(low * GROUPS, span.first // F.KEY_GROUP)
+    row_first = row_position
+    begin = low * GROUPS
+    if M.SLIDING:
+        row_first = tl.maximum(row_position + 1 - softmax.sliding_window, span.first)
+        begin = tl.maximum(begin, span.first // F.KEY_GROUP)
     for index in range(begin, tl.minimum(high * GROUPS, (span.ring + F.KEY_GROUP - 1) // F.KEY_GROUP)):
         sums = attend_group(q, sums, cache, softmax, table, head, index, span, row_first, F, M)
     out0, out1 = rotated_output(sums, F, M)

@@ -26,6 +26,7 @@ from vllm_oscar.ops.triton.tokens import (
     page_row,
     query_tile,
     ring_row,
+    row_positions,
     softmax_args,
     step_args,
     step_tokens,
@@ -62,7 +63,7 @@ def prefill_kernel(
     block = program - first_block(tokens.begin, request, BLOCK_Q)
     if (tokens.length < MIN_QUERY) | (block < 0) | (block * BLOCK_Q >= tokens.length):
         return
-    span = visible_span(step, softmax, request, tokens.context, block * BLOCK_Q)
+    span = visible_span(step, softmax, request, tokens.context, block * BLOCK_Q, M)
 
     tile = query_tile(tokens, block, head, GROUP, BLOCK_M, BLOCK_Q)
     q = load_query(query, tile, F, M)
@@ -82,8 +83,9 @@ def prefill_kernel(
             q2 = tl.dot(q, tl.load(exchanged).to(M.DOT), input_precision="ieee")
         table = page_row(step, request)
         end = span.page + span.pages
+        position = row_positions(tile, tokens.context)
         peak, total, out0, out1 = attend_pages(
-            q0, q1, q2, cache, softmax, table, head.to(tl.int64), span.page, end, span, tile, F, M
+            q0, q1, q2, cache, softmax, table, head.to(tl.int64), span.page, end, span, position, F, M
         )
         # rotate back relative to the total, whose size fp16 cannot be trusted with
         norm = (1.0 / tl.maximum(total, 1.0e-30))[:, None]

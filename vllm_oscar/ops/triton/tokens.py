@@ -46,10 +46,10 @@ class CacheArgs(NamedTuple):
 
 
 class SoftmaxArgs(NamedTuple):
-    """A :class:`~vllm_oscar.core.softmax.Softmax`; what it has not is None, or arbitrary and not read."""
+    """A :class:`~vllm_oscar.core.softmax.Softmax`; of what it has not, anything, which is not read: ``layout.Mode``."""
 
     scale: float
-    reach: int  # how many tokens each one sees, itself included: the sliding window, or more than there are
+    sliding_window: int
     soft_cap: float
     sinks: torch.Tensor | None
 
@@ -114,7 +114,7 @@ def softmax_args(cache: Cache, query_heads: int) -> SoftmaxArgs:
             plain = sinks.dtype == torch.float32 and sinks.is_contiguous() and sinks.shape == (query_heads,)
             require(plain, f"sinks are {sinks.dtype} {list(sinks.shape)}, not contiguous float32 [{query_heads}]")
         args = cache.native[_NAME, query_heads] = SoftmaxArgs(
-            softmax.scale, softmax.sliding_window or 2**31 - 1, softmax.soft_cap or 1.0, sinks
+            softmax.scale, softmax.sliding_window or 0, softmax.soft_cap or 1.0, sinks
         )
     return args
 
@@ -173,19 +173,22 @@ def find_request(step, block, BLOCK: tl.constexpr):
 class Span(NamedTuple):
     """What a token of the step, and later ones, may see of the context."""
 
-    first: tl.tensor  # position of the first such token
+    first: tl.tensor  # position of the first such token; without a sliding window, the number 0
     ring: tl.tensor  # first position that is read from the ring; those before it come from pages
     page: tl.tensor  # first page
     pages: tl.tensor  # number of pages; none of the others' table entries may be read
 
 
 @triton.jit
-def visible_span(step, softmax, request, context, token):
+def visible_span(step, softmax, request, context, token, M: tl.constexpr):
     """:class:`Span` of the step's token ``token`` of a request."""
-    first = tl.maximum(context + token + 1 - softmax.reach, 0)
     start = tl.minimum(tl.maximum(tl.load(step.ring_start + request), 0), context)
-    page = first // 128
-    return Span(first, tl.maximum(start, first), page, tl.where(start > first, (start + 127) // 128 - page, 0))
+    pages = (start + 127) // 128
+    if M.SLIDING:
+        first = tl.maximum(context + token + 1 - softmax.sliding_window, 0)
+        return Span(first, tl.maximum(start, first), first // 128, tl.where(start > first, pages - first // 128, 0))
+    else:
+        return Span(0, start, 0, pages)
 
 
 @triton.jit
@@ -213,7 +216,6 @@ class QueryTile(NamedTuple):
     head: tl.tensor  # [rows] query head
     row: tl.tensor  # [rows] int64 row of the step's tensors
     is_row: tl.tensor  # [rows]
-    position: tl.tensor  # [rows] of the token in the sequence; -1 where there is none
 
 
 @triton.jit
@@ -221,9 +223,15 @@ def query_tile(tokens, block, head, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, 
     """:class:`QueryTile` of the ``block``-th BLOCK_Q tokens of a request."""
     row = tl.arange(0, BLOCK_M)
     token = block * BLOCK_Q + row // GROUP
+    query_head = head * GROUP + row % GROUP
     is_row = (row < BLOCK_Q * GROUP) & (token < tokens.length)
-    position = tl.where(is_row, tokens.context + token, -1)
-    return QueryTile(token, head * GROUP + row % GROUP, (tokens.begin + token).to(tl.int64), is_row, position)
+    return QueryTile(token, query_head, (tokens.begin + token).to(tl.int64), is_row)
+
+
+@triton.jit
+def row_positions(tile, context):
+    """``[rows]`` positions of the tile's tokens in the sequence; -1 where there is none."""
+    return tl.where(tile.is_row, context + tile.token, -1)
 
 
 @triton.jit
@@ -331,6 +339,7 @@ def attend_tail(
     Bytes of an int8 ring are multiplied as they are, exact in every type, and logits and weights by
     the scales. The values' bytes count in units of 1/64, which keeps the weights in fp16's normal range.
     """
+    row_position = row_positions(tile, tokens.context)
     channel = tl.arange(0, F.DIM_PAD)
     is_channel = channel < F.DIM
     key_ptr = key.data + head * key.head
@@ -350,9 +359,9 @@ def attend_tail(
             key_factor = tl.load(at.scale, mask=is_token, other=0.0).to(tl.float32)[None, :]
             value_factor = (tl.load(at.scale + 1, mask=is_token, other=0.0).to(tl.float32) * 64)[None, :]
             values = values * 0.015625
-        visible = is_token[None, :] & (tile.position >= 0)[:, None]
+        visible = is_token[None, :] & (row_position >= 0)[:, None]
         if M.SLIDING:
-            visible &= (tile.position - softmax.reach)[:, None] < position[None, :]
+            visible &= (row_position - softmax.sliding_window)[:, None] < position[None, :]
         sums = attend_tokens(q, keys.to(M.DOT), values.to(M.DOT), key_factor, value_factor, visible, softmax, sums, M)
     for start in range(tl.maximum(tokens.context, span.first), last, BLOCK_N):
         position = start + tl.arange(0, BLOCK_N)
@@ -368,8 +377,8 @@ def attend_tail(
             mask=is_token[:, None] & is_channel[None, :],
             other=0.0,
         )
-        visible = is_token[None, :] & (position[None, :] <= tile.position[:, None])
+        visible = is_token[None, :] & (position[None, :] <= row_position[:, None])
         if M.SLIDING:
-            visible &= (tile.position - softmax.reach)[:, None] < position[None, :]
+            visible &= (row_position - softmax.sliding_window)[:, None] < position[None, :]
         sums = attend_tokens(q, keys.to(M.DOT), values.to(M.DOT), 1.0, 1.0, visible, softmax, sums, M)
     return sums
