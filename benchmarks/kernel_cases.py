@@ -126,7 +126,7 @@ def make_case(
         full, first = context // PAGE_TOKENS, softmax.first_visible(context)
         hidden = first // PAGE_TOKENS
         if sliding_window:
-            key[max(0, first - 1) : first + length] *= 3
+            key[max(0, first - 1) : first + length] *= 2
         page_table[r, :hidden] = NO_BLOCK
         if full > hidden:
             numbers = torch.arange(hidden, full, device=device)

@@ -53,7 +53,7 @@ class Batch:
             full, first = context // PAGE_TOKENS, self.softmax.first_visible(context)
             hidden = first // PAGE_TOKENS
             if sliding_window:
-                key[max(0, first - 1) : first + length] *= 3
+                key[max(0, first - 1) : first + length] *= 2
             if length:
                 needed = -(-(context + length) // PAGE_TOKENS)
                 self.page_table[r, hidden:needed] = torch.tensor([free.pop() for _ in range(needed - hidden)])
