@@ -36,6 +36,10 @@ run side by side on one GPU.
     python train_demo_model.py train models/lab-64-28m --tokenizer TOK --layers 8 --hidden 512 \\
         --heads 8 --kv-heads 4 --head-dim 64 --intermediate 1408 --lr 1.5e-3 --minutes 3.4
 
+    # lab-windows: gpt-oss layout, windows of 128 tokens in layers 0, 2, 4, sinks; 8 query heads on 2 KV heads of 64
+    python train_demo_model.py train models/lab-windows --tokenizer TOK --sliding-window 128 --layers 6 --hidden 384 \\
+        --heads 8 --kv-heads 2 --head-dim 64 --intermediate 512 --minutes 2.3
+
 Timings on one H200 with 16 CPU cores: `prepare` 18 s.  stage1, lab-qk128 and lab-64 ran side by side for the 6.8
 minutes given, 428, 204 and 261 million tokens; the first 20 s of these went into compiling, the measurements after
 them took another 20 s.  The last stage of demo_model ran alone (116 million tokens in 1.2 minutes, of which 25 s
@@ -71,6 +75,8 @@ from tqdm import tqdm
 BOS, EOS, PAD = 0, 1, 2  # ids of <|bos|>, <|eos|>, <|pad|> in the tokenizer
 CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
 FORMS = ("sentence", "lookup", "multi", "variable1", "variable2", "variable3")
+LAYOUTS = {"llama": "Llama-layout", "qwen3": "Qwen3-layout", "gpt_oss": "gpt-oss-layout"}
+SLIDING, SWIGLU_LIMIT = "sliding_attention", 7.0
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.95)
 TTY, START = sys.stderr.isatty(), time.monotonic()
 
@@ -272,15 +278,19 @@ class Norm(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, c: dict):
+    def __init__(self, c: dict, layer: int):
         super().__init__()
         hidden, dim, inner = c["hidden_size"], c["head_dim"], c["intermediate_size"]
         q, kv, eps = c["num_attention_heads"] * dim, c["num_key_value_heads"] * dim, c["rms_norm_eps"]
-        self.dim, self.qk_norm = dim, c["model_type"] == "qwen3"
+        self.dim, self.qk_norm, self.sinks = dim, c["model_type"] == "qwen3", c["model_type"] == "gpt_oss"
+        self.window = c["sliding_window"] if self.sinks and c["layer_types"][layer] == SLIDING else 0
         sizes = {"q_proj": (hidden, q), "k_proj": (hidden, kv), "v_proj": (hidden, kv), "o_proj": (q, hidden)}
         self.self_attn = nn.ModuleDict({k: nn.Linear(*v, bias=False) for k, v in sizes.items()})
         if self.qk_norm:
             self.self_attn.update({"q_norm": Norm(dim, eps), "k_norm": Norm(dim, eps)})
+        if self.sinks:
+            self.self_attn.register_parameter("sinks", nn.Parameter(torch.zeros(c["num_attention_heads"])))
+            inner *= c["num_local_experts"]
         sizes = {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
         self.mlp = nn.ModuleDict({k: nn.Linear(*v, bias=False) for k, v in sizes.items()})
         self.input_layernorm, self.post_attention_layernorm = Norm(hidden, eps), Norm(hidden, eps)
@@ -292,10 +302,56 @@ class Block(nn.Module):
         if self.qk_norm:
             q, k = a["q_norm"](q), a["k_norm"](k)
         q, k = (rotate(t, cos, sin).transpose(1, 2) for t in (q, k))
-        h = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), is_causal=True, enable_gqa=True)
+        v = v.transpose(1, 2)
+        if not self.sinks:
+            h = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        elif self.window:
+            h = attend_window(q, k, v, a.sinks, self.window)
+        else:
+            h = attend_all(q, k, v, a.sinks)
         x = x + a["o_proj"](h.transpose(1, 2).flatten(2))
         h = self.post_attention_layernorm(x)
-        return x + m["down_proj"](F.silu(m["gate_proj"](h)) * m["up_proj"](h))
+        gate, up = m["gate_proj"](h), m["up_proj"](h)
+        if not self.sinks:
+            return x + m["down_proj"](F.silu(gate) * up)
+        gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+        return x + m["down_proj"]((up + 1) * gate * torch.sigmoid(1.702 * gate))
+
+
+def attend_window(q, k, v, sinks, window: int):
+    """Attention of q [B, Hq, T, D] to itself and the window - 1 tokens before, with sinks [Hq]: logits without a value.
+
+    Blocks of `window` queries see their own block and the one before.
+    """
+    tokens, dim, kv_heads = q.shape[2], q.shape[3], k.shape[1]
+    q, k, v = (F.pad(x, (0, 0, 0, -tokens % window)).unflatten(2, (-1, window)) for x in (q, k, v))
+    k, v = (torch.cat((F.pad(x, (0, 0, 0, 0, 1, 0))[:, :, :-1], x), 3) for x in (k, v))  # [B, H, blocks, 2 window, D]
+    q = q.unflatten(1, (kv_heads, -1))  # [B, H, group, blocks, window, D]
+    scores = torch.einsum("bhgnqd,bhnkd->bhgnqk", q, k) * dim**-0.5
+    at = torch.arange(2 * window, device=q.device)
+    behind = at[window:, None] - at  # how far a key lies behind a query
+    before_start = (torch.arange(q.shape[3], device=q.device) == 0)[:, None, None] & (at < window)
+    scores = scores.masked_fill((behind < 0) | (behind >= window) | before_start, float("-inf"))
+    sinks = sinks.to(scores.dtype).view(1, kv_heads, -1, 1, 1, 1).expand(*scores.shape[:-1], 1)
+    weights = torch.cat((scores, sinks), -1).softmax(-1, torch.float32)[..., :-1].to(v.dtype)
+    out = torch.einsum("bhgnqk,bhnkd->bhgnqd", weights, v)
+    return out.flatten(1, 2).flatten(2, 3)[:, :, :tokens]
+
+
+def attend_all(q, k, v, sinks):
+    """Causal attention with sinks [Hq]: a token before all others, without a value, has them as its logits.
+
+    Its key has channels of its own, one for each query head that shares it, in which that head's queries are 1.
+    """
+    batch, heads, tokens, dim = q.shape
+    kv_heads, more = k.shape[1], -(-heads // k.shape[1] // 8) * 8  # channels in eights, as fast kernels want them
+    one = torch.eye(more, dtype=q.dtype, device=q.device)[: heads // kv_heads].repeat(kv_heads, 1)
+    q = F.pad(torch.cat((q, one[None, :, None].expand(batch, -1, tokens, -1)), 3), (0, 0, 1, 0))
+    first = (sinks * dim**0.5).to(k.dtype).view(kv_heads, -1)
+    first = F.pad(first, (dim, more - first.shape[1]))[None, :, None].expand(batch, -1, 1, -1)
+    k, v = torch.cat((first, F.pad(k, (0, more))), 2), F.pad(v, (0, more, 1, 0))
+    h = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=dim**-0.5)
+    return h[:, :, 1:, :dim]
 
 
 def rotate(x, cos, sin):
@@ -304,13 +360,13 @@ def rotate(x, cos, sin):
 
 
 class Model(nn.Module):
-    """A Llama (or, with q/k norm, Qwen3) decoder whose parameters bear the names of transformers."""
+    """A Llama (or Qwen3, or gpt-oss) decoder whose parameters bear the names of transformers, experts aside."""
 
     def __init__(self, config: dict):
         super().__init__()
         self.config, hidden, layers = config, config["hidden_size"], config["num_hidden_layers"]
         self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(config["vocab_size"], hidden),
-                                    "layers": nn.ModuleList(Block(config) for _ in range(layers)),
+                                    "layers": nn.ModuleList(Block(config, i) for i in range(layers)),
                                     "norm": Norm(hidden, config["rms_norm_eps"])})
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -345,10 +401,51 @@ def load_model(folder: Path, layers: int = 0) -> Model:
     saved = config["num_hidden_layers"]
     model = Model(config | {"num_hidden_layers": max(saved, layers)})
     weights = {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
+    if config["model_type"] == "gpt_oss":
+        weights = from_experts(weights)
     for name in model.load_state_dict(weights, strict=layers <= saved).missing_keys:
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             nn.init.zeros_(model.get_parameter(name))
     return model
+
+
+def to_experts(weights: dict, config: dict) -> dict:
+    """One dense MLP per layer as experts that every token goes through with equal weight, the rest of gpt-oss zero."""
+    experts, out = config["num_local_experts"], {}
+    for name, w in weights.items():
+        layer, _, part = name.partition(".mlp.")
+        if part == "gate_proj.weight":
+            gate, up = (weights[f"{layer}.mlp.{n}_proj.weight"].unflatten(0, (experts, -1)) for n in ("gate", "up"))
+            both = torch.stack((gate, up), 2).flatten(1, 2).transpose(1, 2)  # [experts, hidden, 2 * inner], in turn
+            out[f"{layer}.mlp.experts.gate_up_proj"] = both
+            out[f"{layer}.mlp.experts.gate_up_proj_bias"] = both.new_zeros(experts, both.shape[2])
+            out[f"{layer}.mlp.router.weight"] = gate.new_zeros(experts, gate.shape[2])
+            out[f"{layer}.mlp.router.bias"] = gate.new_zeros(experts)
+        elif part == "down_proj.weight":
+            out[f"{layer}.mlp.experts.down_proj"] = experts * w.T.unflatten(0, (experts, -1))
+            out[f"{layer}.mlp.experts.down_proj_bias"] = w.new_zeros(experts, w.shape[0])
+        elif not part:
+            out[name] = w
+            if name.endswith("_proj.weight"):
+                out[name.replace("weight", "bias")] = w.new_zeros(w.shape[0])
+    out["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    return {name: w.contiguous() for name, w in out.items()}
+
+
+def from_experts(weights: dict) -> dict:
+    """The inverse of to_experts."""
+    out = {}
+    for name, w in weights.items():
+        layer, _, part = name.partition(".mlp.")
+        if part == "experts.gate_up_proj":
+            gate_up = w.transpose(1, 2).unflatten(1, (-1, 2))
+            for i, kind in enumerate(("gate", "up")):
+                out[f"{layer}.mlp.{kind}_proj.weight"] = gate_up[:, :, i].flatten(0, 1)
+        elif part == "experts.down_proj":
+            out[f"{layer}.mlp.down_proj.weight"] = w.flatten(0, 1).T / len(w)
+        elif not part and name != "lm_head.weight" and not name.endswith("_proj.bias"):
+            out[name] = w
+    return out
 
 
 # ---------------------------------------------------------------- measuring and writing
@@ -419,6 +516,9 @@ learning rate {lr:g} with a cosine schedule, AdamW. The data: source code and do
 
 def export(model: Model, out: Path, tokenizer_dir: Path, facts: dict, measured: str = "Not yet.\n") -> None:
     weights = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in model.named_parameters()}
+    count = sum(w.numel() for w in weights.values())
+    if model.config["model_type"] == "gpt_oss":
+        weights = to_experts(weights, model.config)
     save_file(weights, out / "model.safetensors", {"format": "pt"})
     (out / "config.json").write_text(json.dumps(model.config, indent=1) + "\n")
     (out / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
@@ -427,8 +527,7 @@ def export(model: Model, out: Path, tokenizer_dir: Path, facts: dict, measured: 
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
     (out / "README.md").write_text(CARD.format(
         name=out.name, config=model.config, measured=measured, **facts,
-        layout="Qwen3-layout" if model.config["model_type"] == "qwen3" else "Llama-layout",
-        parameters=sum(w.numel() for w in weights.values()) / 1e6))
+        layout=LAYOUTS[model.config["model_type"]], parameters=count / 1e6))
 
 
 @torch.no_grad()
@@ -492,6 +591,15 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="The model.")], corpus:
     print(measure(load_model(folder).to(device), tasks, [int(c) for c in contexts.split(",")], samples, device))
 
 
+def gpt_oss(layers: int, window: int, context: int) -> dict:
+    """What its configuration says instead.  YaRN, which vLLM expects there, is none at a factor of 1."""
+    return {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "num_local_experts": 2,
+            "num_experts_per_tok": 2, "sliding_window": window, "swiglu_limit": SWIGLU_LIMIT, "attention_bias": True,
+            "layer_types": [(SLIDING, "full_attention")[i % 2] for i in range(layers)], "tie_word_embeddings": False,
+            "rope_scaling": {"rope_type": "yarn", "factor": 1.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                             "truncate": False, "original_max_position_embeddings": context}}
+
+
 @app.command()
 def train(
     out: Annotated[Path, typer.Argument(help="Folder for the model; a checkpoint in it is continued.")],
@@ -501,6 +609,8 @@ def train(
     layers: Annotated[int, option("Layers; if more than INIT has, the others are added to it.")] = 4,
     hidden: int = 256, heads: int = 4, kv_heads: int = 2, head_dim: int = 128, intermediate: int = 704,
     qk_norm: Annotated[bool, typer.Option("--qk-norm", help="Norms on queries and keys: the Qwen3 layout.")] = False,
+    sliding_window: Annotated[int, option("Tokens that every other layer sees, from the first on, and a sink for each "
+                                          "query head: the gpt-oss layout; INTERMEDIATE is of each of 2 experts.")] = 0,
     rope_theta: Annotated[float | None, option("INIT's if not given, else 100000.")] = None,
     context: Annotated[int, option("Context length.")] = 4096,
     short_context: Annotated[int, option("Context length of the first stage.")] = 1024,
@@ -539,7 +649,8 @@ def train(
             "head_dim": head_dim, "vocab_size": tok.get_vocab_size(), "max_position_embeddings": context,
             "rope_theta": rope_theta or 100000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
             "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "bos_token_id": BOS, "use_cache": True,
-            "eos_token_id": EOS, "pad_token_id": PAD, "torch_dtype": "bfloat16", "attention_dropout": 0.0})
+            "eos_token_id": EOS, "pad_token_id": PAD, "torch_dtype": "bfloat16", "attention_dropout": 0.0}
+            | (gpt_oss(layers, sliding_window, context) if sliding_window else {}))
     model.to(device)
     groups = [{"params": [p for p in model.parameters() if p.dim() == d], "weight_decay": w}
               for d, w in ((2, weight_decay), (1, 0.0))]
