@@ -90,15 +90,18 @@ def test_a_lossy_method_diverges_more_with_fewer_bits(lab, tokens):
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("position", [0, 127, 128, 255, 390])
-def test_each_query_sees_what_the_serving_path_reads(name, position):
-    """Against the normative attention over pages and ring, one decode step at a time."""
+@pytest.mark.parametrize("sliding_window", [None, 100, 300])
+def test_each_query_sees_what_the_serving_path_reads(name, position, sliding_window):
+    """Against the normative attention over pages and ring, one decode step at a time; windows with cap and sinks."""
     torch.manual_seed(position)
+    sinks = None if sliding_window is None else torch.randn(4)
     fmt = PageFormat.preset(name, 64)
     query = torch.randn(1, 4, 512, 64)
     key, value = torch.randn(2, 1, 2, 512, 64)
     method = methods.registry()[name]
     old = attention.quantize_history(method, key, value)
-    got = attention.attention(query, key, value, old, method, 0.125)[0, :, position]
+    softmax = Softmax(0.125, sliding_window, None if sliding_window is None else 3.0, sinks)
+    got = attention.attention(query, key, value, old, method, softmax)[0, :, position]
 
     k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)  # [T, H, D]
     own = k[position : position + 1], v[position : position + 1]
@@ -110,9 +113,11 @@ def test_each_query_sees_what_the_serving_path_reads(name, position):
         k[: max(full, 1) * 128].unflatten(0, (-1, 128)), v[: max(full, 1) * 128].unflatten(0, (-1, 128)), fmt, first
     )
     start = max(0, position - fmt.config.window) if fmt.config.window else full * 128
+    visible = softmax.first_visible(position)
+    start = max(start, visible)
     expected = reference_attention(
-        query[0, :, position][None], *own, pages, k[start:position], v[start:position], position, start,
-        Softmax(0.125), fmt,
+        query[0, :, position][None], *own, pages[visible // 128 :], k[start:position], v[start:position], position,
+        start, softmax, fmt,
     )[0]  # fmt: skip
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
@@ -147,6 +152,38 @@ def test_the_parts_of_a_loss_are_told_apart(lab, tokens):
     # One layer alone is neither all of them nor none.
     whole, one = lab.hidden(tokens, oscar), lab.hidden(tokens, oscar, only=(1, 0))
     assert not torch.equal(whole, one) and not torch.equal(one, lab.hidden(tokens, None))
+
+
+WINDOWED = {"sliding_window": 100, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize("layout", ["Gemma2", "GptOss"])
+def test_models_with_windows(layout, tokens):
+    """Exact attention is the model; each kind of layer can be quantized alone, and both together lose most."""
+
+    def model(attn):
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{layout}Config")(
+            vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=64, max_position_embeddings=1024, attn_implementation=attn,
+            initializer_range=0.2, bos_token_id=0, eos_token_id=1, pad_token_id=2, **WINDOWED,
+            **({"num_local_experts": 2, "num_experts_per_tok": 2} if layout == "GptOss" else {}),
+        )  # fmt: skip
+        return getattr(transformers, f"{layout}ForCausalLM")(config).eval()
+
+    attention.register()
+    lab = measures.Lab(layout, model(attention.NAME), None, "cpu")
+    with torch.no_grad():
+        expected = model("eager").model(input_ids=tokens, use_cache=False).last_hidden_state
+    torch.testing.assert_close(lab.hidden(tokens, None), expected, atol=2e-4, rtol=2e-4)
+    both, full, windows = methods.windows()
+    errors = measures.layers(lab, [both, full, windows], tokens[0])
+    assert [r["error"] > 1e-3 for r in errors[both.name]] == [True, True]
+    assert [r["error"] > 1e-3 for r in errors[full.name]] == [False, True]
+    assert [r["error"] > 1e-3 for r in errors[windows.name]] == [True, False]
+    hidden = {m.name: lab.hidden(tokens, m) for m in (both, full, windows)}
+    assert all((hidden[name] - expected).norm() > 1e-3 * expected.norm() for name in hidden)
+    assert not torch.equal(hidden[both.name], hidden[full.name])
 
 
 def test_a_part_leaves_the_others_exact():

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from vllm_engine import MODEL
 
-# The vocabulary of the demo model's tokenizer. So large an initializer_range makes each attended token show in
-# the logprobs.
+# The vocabulary of the demo model's tokenizer. The larger initializer_range is, the more each attended token shows in
+# the logprobs, and each rounding.
 COMMON = {
     "vocab_size": 8192,
     "hidden_size": 128,
@@ -21,7 +21,7 @@ COMMON = {
     "bos_token_id": 0,
     "eos_token_id": 1,
     "pad_token_id": 2,
-    "initializer_range": 0.15,
+    "initializer_range": 0.1,
 }
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -50,6 +50,7 @@ def gpt_oss(folder: Path) -> Path:
     from transformers import GptOssConfig, GptOssForCausalLM
 
     shape = {"head_dim": 64, "num_hidden_layers": 4, "num_local_experts": 2, "num_experts_per_tok": 2}
+    shape["initializer_range"] = 0.08
     layers = {"sliding_window": 128, "layer_types": [SLIDING, FULL] * 2}
     torch.manual_seed(0)
     model = GptOssForCausalLM(GptOssConfig(**COMMON | shape | layers))

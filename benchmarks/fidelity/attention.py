@@ -18,6 +18,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vllm_oscar.core.config import PAGE_TOKENS
+from vllm_oscar.core.softmax import Softmax
 
 from .methods import Method
 
@@ -30,7 +31,7 @@ class _State:
 
     method: Method | None = None
     only: tuple[int, int] | None = None  # (layer, KV head) that alone has the method; None: all
-    probe: Callable | None = None  # called as probe(layer, query, key, value, scaling)
+    probe: Callable | None = None  # called as probe(layer, query, key, value, softmax)
     blocks: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # per layer, dequantized
 
 
@@ -86,7 +87,7 @@ def recent(method: Method | None, x: torch.Tensor) -> torch.Tensor:
 
 
 def attention_rows(
-    query, own_key, own_value, key, value, old_key, old_value, method: Method | None, scaling: float, start: int
+    query, own_key, own_value, key, value, old_key, old_value, method: Method | None, softmax: Softmax, start: int
 ):
     """Attention of query rows that lie in one block, with the weights.
 
@@ -96,7 +97,7 @@ def attention_rows(
         key, value: the same from the ring; old_key, old_value: from pages, full blocks.
 
     Returns:
-        output ``[B, Hq, Q, D]``, weights ``[B, Hq, Q, start + Q]``.
+        output ``[B, Hq, Q, D]``, weights ``[B, Hq, Q, start + Q]``; the weight of a sink comes last, if there is one.
     """
     batch, q_heads, rows, dim = query.shape
     heads, end = key.shape[1], start + rows
@@ -122,8 +123,16 @@ def attention_rows(
     if own_key is not key:
         exact = (query.unflatten(2, (-1, rows)) * own_key[:, :, None, start:end]).sum(-1).flatten(2)
         scores = torch.where(by_row(column == position), exact[..., None], scores)
-    scores = (scores * scaling).masked_fill(~by_row(column <= position), float("-inf"))
-    weights = scores.float().softmax(-1).to(value.dtype)
+    scores, distance = scores * softmax.scale, position - column
+    if softmax.soft_cap is not None:
+        scores = softmax.soft_cap * (scores / softmax.soft_cap).tanh()
+    visible = (distance >= 0) & (distance < (softmax.sliding_window or end + 1))
+    scores = scores.masked_fill(~by_row(visible), float("-inf"))
+    if softmax.sinks is not None:
+        sinks = softmax.sinks.to(scores).view(1, heads, -1, 1).repeat_interleave(rows, 2)
+        scores = torch.cat([scores, sinks.expand(batch, -1, -1, -1)], 3)
+    all_weights = scores.float().softmax(-1).to(value.dtype)
+    weights = all_weights[..., :end]
     if method is None:
         out = weights @ value[:, :, :end]
     else:
@@ -136,7 +145,7 @@ def attention_rows(
         own = weights.unflatten(2, (-1, rows))[..., start:end].diagonal(dim1=-2, dim2=-1)  # [B, H, group, Q]
         change = (own_value - value)[:, :, None, start:end]
         out = out + (own[..., None] * change).flatten(2, 3)
-    return out.reshape(batch, q_heads, rows, dim), weights.reshape(batch, q_heads, rows, end)
+    return out.reshape(batch, q_heads, rows, dim), all_weights.reshape(batch, q_heads, rows, -1)
 
 
 def row_blocks(start: int, end: int):
@@ -147,28 +156,35 @@ def row_blocks(start: int, end: int):
         start = stop
 
 
-def attention(query, key, value, old, method: Method | None, scaling: float) -> torch.Tensor:
+def attention(query, key, value, old, method: Method | None, softmax: Softmax) -> torch.Tensor:
     """Causal attention of the last ``Q`` positions: ``[B, Hq, Q, D]``."""
     offset = key.shape[2] - query.shape[2]
     ring = recent(method, key), recent(method, value)
     return torch.cat(
         [
-            attention_rows(query[:, :, a - offset : b - offset], key, value, *ring, *old, method, scaling, a)[0]
+            attention_rows(query[:, :, a - offset : b - offset], key, value, *ring, *old, method, softmax, a)[0]
             for a, b in row_blocks(offset, key.shape[2])
         ],
         2,
     )
 
 
-def _forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """The transformers attention interface. Batches without padding, causal, full attention."""
-    window = kwargs.get("sliding_window")
-    if window is not None and key.shape[2] > window:
-        raise ValueError(f"layer {module.layer_idx} has a sliding window of {window} tokens; not supported")
+def in_layer(method: Method | None, softmax: Softmax) -> Method | None:
+    """``method``, if it is that of a layer with this softmax; None: the layer is exact."""
+    kind = "full" if softmax.sliding_window is None else "sliding"
+    return method if method is not None and method.layers in ("all", kind) else None
+
+
+def _forward(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None, s_aux=None,
+    **kwargs,
+):  # fmt: skip
+    """The transformers attention interface. Batches without padding, causal."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    softmax = Softmax(scaling, sliding_window, softcap, s_aux)
     if _state.probe is not None:
-        _state.probe(module.layer_idx, query, key, value, scaling)
-    method, old, only = _state.method, (None, None), _state.only
+        _state.probe(module.layer_idx, query, key, value, softmax)
+    method, old, only = in_layer(_state.method, softmax), (None, None), _state.only
     if only is not None and only[0] != module.layer_idx:
         method = None
     if method is not None:
@@ -179,11 +195,11 @@ def _forward(module, query, key, value, attention_mask, scaling=None, dropout=0.
         new = quantize_history(method, key, value, old[0].shape[2] // PAGE_TOKENS)
         old = tuple(torch.cat(pair, 2) if pair[1].shape[2] else pair[0] for pair in zip(old, new, strict=True))
         _state.blocks[module.layer_idx] = old
-    out = attention(query, key, value, old, method, scaling)
+    out = attention(query, key, value, old, method, softmax)
     if method is not None and only is not None:
         group = query.shape[1] // key.shape[1]
         heads = slice(only[1] * group, (only[1] + 1) * group)
-        exact = attention(query, key, value, (None, None), None, scaling)
+        exact = attention(query, key, value, (None, None), None, softmax)
         exact[:, heads] = out[:, heads]
         out = exact
     return out.transpose(1, 2).contiguous(), None

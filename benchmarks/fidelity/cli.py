@@ -57,7 +57,9 @@ Texts = Annotated[
         "[default: held-out files of the running Python's library]",
     ),
 ]
-Methods = Annotated[str, typer.Option(help="'main', 'all' (with ablations), 'grid', or names, comma-separated.")]
+Methods = Annotated[
+    str, typer.Option(help="'main', 'all' (with ablations), 'grid', 'windows', or names, comma-separated.")
+]
 
 
 def choose(names: str) -> list[methods.Method]:
@@ -69,12 +71,15 @@ def choose(names: str) -> list[methods.Method]:
             chosen |= known
         elif name == "grid":
             chosen |= {m.name: m for m in methods.grid()}
+        elif name == "windows":
+            chosen |= {m.name: m for m in methods.windows()}
         elif name == "main":
             chosen |= {n: known[n] for n in methods.MAIN}
         elif name in known:
             chosen[name] = known[name]
         else:
-            raise typer.BadParameter(f"unknown method {name!r}; use main, all, grid or one of: {', '.join(known)}")
+            sets = "main, all, grid, windows"
+            raise typer.BadParameter(f"unknown method {name!r}; use {sets} or one of: {', '.join(known)}")
     return list(chosen.values())
 
 

@@ -130,24 +130,25 @@ def layers(lab: Lab, methods: list[Method], tokens: torch.Tensor, stride: int = 
     """
     records: dict[str, list[dict]] = {method.name: [] for method in methods}
 
-    def probe(layer, query, key, value, scaling):
+    def probe(layer, query, key, value, softmax):
         length = key.shape[2]
         blocks = list(attention.row_blocks(TAIL, length))
         chosen = sorted({*range(0, len(blocks), stride), len(blocks) - 1})
-        for method in methods:
-            old = attention.quantize_history(method, key, value)
+        for measured in methods:
+            method = attention.in_layer(measured, softmax)
+            old = attention.quantize_history(method, key, value) if method else (None, None)
             ring = attention.recent(method, key), attention.recent(method, value)
             error = power = divergence = rows = 0.0
             for a, b in (blocks[i] for i in chosen):
                 part = query[:, :, a:b]
-                out, p = attention.attention_rows(part, key, value, key, value, None, None, None, scaling, a)
-                approx, q = attention.attention_rows(part, key, value, *ring, *old, method, scaling, a)
+                out, p = attention.attention_rows(part, key, value, key, value, None, None, None, softmax, a)
+                approx, q = attention.attention_rows(part, key, value, *ring, *old, method, softmax, a)
                 error += (approx - out).square().sum().item()
                 power += out.square().sum().item()
                 tiny = torch.finfo(torch.float32).tiny
                 divergence += (p * (p.clamp(min=tiny).log() - q.clamp(min=tiny).log())).sum().item()
                 rows += p.shape[:-1].numel()
-            records[method.name].append({"layer": layer, "error": (error / power) ** 0.5, "kl": divergence / rows})
+            records[measured.name].append({"layer": layer, "error": (error / power) ** 0.5, "kl": divergence / rows})
 
     with attention.probed(probe):
         lab.model.model(input_ids=tokens[None].to(lab.device), use_cache=False)
@@ -206,7 +207,7 @@ def norms(lab: Lab, tokens: torch.Tensor) -> list[dict]:
     """
     records = []
 
-    def probe(layer, query, key, value, scaling):
+    def probe(layer, query, key, value, softmax):
         norm = key[0].norm(dim=-1)  # [H, T]
         imbalance = norm.amax(1) / norm.median(1).values
         head = int((imbalance - 1).abs().maximum((norm.amin(1) / norm.median(1).values - 1).abs()).argmax())

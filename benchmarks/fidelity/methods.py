@@ -40,6 +40,8 @@ class Method:
         key_window, value_window: how many tokens before a query it reads from its recent
             store, even if their blocks are quantized.
         recent: keys or values ``[..., D]`` to what that store gives back; None: the same.
+        layers: which layers have it; the others are exact: ``"all"``, ``"full"`` or ``"sliding"``, those without or
+            with a sliding window.
         note: a remark for the table.
         definition: every parameter, so that records of another definition are told apart.
     """
@@ -51,6 +53,7 @@ class Method:
     key_window: int = 0
     value_window: int = 0
     recent: Callable[[torch.Tensor], torch.Tensor] | None = None
+    layers: str = "all"
     note: str = ""
     definition: str = ""
 
@@ -277,6 +280,19 @@ def _ablations() -> list[Method]:
         change(small, "no key gain", key_gain=False),
     ]
 
+
+def windows() -> list[Method]:
+    """What sliding windows lose: the default preset in all layers, in full ones and in those with windows alone."""
+    best = oscar(PRESETS["oscar"], "OScaR")
+    return [
+        best,
+        replace(best, name=SKIP_WINDOWS, layers="full", definition=best.definition + " full layers"),
+        replace(best, name="oscar:windows alone", layers="sliding", definition=best.definition + " windows"),
+    ]
+
+
+SKIP_WINDOWS = "oscar:16-bit windows"
+"""In vLLM: ``--kv-cache-dtype oscar --kv-cache-dtype-skip-layers sliding_window``."""
 
 _KEY_CLIPS = {2: (0.75, 0.8, 0.85, 0.9), 3: (0.85, 0.9, 0.95, 1.0), 4: (0.9, 0.95, 1.0)}
 _VALUE_CLIPS = {2: (0.6, 0.65, 0.7, 0.75), 3: (0.8, 0.85, 0.9, 0.95), 4: (0.9, 0.95, 1.0)}

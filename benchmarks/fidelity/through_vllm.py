@@ -39,10 +39,12 @@ class Plan:
 
 
 def start(path: str, dtype: str, plan: Plan, **options):
-    """A vLLM engine in this process."""
+    """A vLLM engine in this process. ``dtype``: see :func:`new_record`."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
 
+    if dtype == methods.SKIP_WINDOWS:
+        dtype, options["kv_cache_dtype_skip_layers"] = "oscar", ["sliding_window"]
     return LLM(path, dtype="bfloat16", kv_cache_dtype=dtype, max_model_len=plan.length + 128, enforce_eager=True,
                kv_cache_memory_bytes=1 << 30, seed=0, **options)  # fmt: skip
 
@@ -58,8 +60,9 @@ def chosen(plan: Plan | Generation, *names: str) -> dict:
 
 
 def new_record(path: str, dtype: str, llm, measure: str, settings: dict) -> dict:
-    """``dtype``: a KV-cache dtype of vLLM's or a preset."""
-    method = methods.registry()[dtype] if dtype in PRESETS else None
+    """``dtype``: a KV-cache dtype of vLLM's, a preset, or the one of :data:`methods.SKIP_WINDOWS`."""
+    known = methods.registry() | {m.name: m for m in methods.windows()}
+    method = known[dtype] if dtype in (*PRESETS, methods.SKIP_WINDOWS) else None
     head_dim = llm.llm_engine.vllm_config.model_config.get_head_size()
     record = Records.new(Path(path).name, method, head_dim, f"{measure} through vLLM", settings) | {"origin": origin()}
     return record if method else record | {"method": dtype}
