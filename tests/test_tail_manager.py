@@ -210,6 +210,50 @@ def test_ring_start(context, hit_pages, window):
         assert -(-start // 128) * 128 <= context  # pages that are read are full
 
 
+def test_all_ring_groups_of_a_step_share_one_ring_start():
+    """The first computes it, also when vLLM changes the tensors of a step in place for the next."""
+    from vllm_oscar.engine.metadata import OscarTailMetadataBuilder
+
+    def builder():
+        made = object.__new__(OscarTailMetadataBuilder)  # without an engine
+        made.kv_cache_spec, made._window, made._ring_start = make_spec(), 256, torch.zeros(4, dtype=torch.int32)
+        return made
+
+    def step(context: list[int], table: torch.Tensor):
+        lens = torch.tensor(context, dtype=torch.int32) + 1
+        starts = torch.arange(len(lens) + 1, dtype=torch.int32)
+        return SimpleNamespace(query_start_loc=starts, seq_lens=lens, block_table_tensor=table)
+
+    tables = [torch.full((2, PAGES + 1), group, dtype=torch.int32) for group in range(3)]
+    for table in tables:
+        table[:, PAGES] = torch.tensor([0, 3])  # the markers
+    builders, newest = [builder() for _ in tables], step([300, 400], tables[0])
+    for contexts in ([300, 400], [301, 700]):
+        newest.seq_lens.copy_(torch.tensor(contexts) + 1)
+        steps = [SimpleNamespace(**vars(newest) | {"block_table_tensor": table}) for table in tables]
+        found = [builder.build(0, common) for builder, common in zip(builders, steps, strict=True)]
+        expected = [contexts[0] - 256, max(contexts[1] - 256, 384)]
+        assert [metadata.ring_start.tolist() for metadata in found] == [expected] * 3
+        assert all(metadata.ring_start.data_ptr() == builders[0]._ring_start.data_ptr() for metadata in found)
+        assert all(metadata.ring_table is table for metadata, table in zip(found, tables, strict=True))
+    other = builders[1].build(0, step([1000, 384], tables[1]))  # another step's tensors
+    assert other.ring_start.tolist() == [744, 384] and found[0].ring_start.tolist() == expected
+
+
+def test_sinks_are_converted_in_place():
+    """Loaded again, they keep the address that a captured graph knows."""
+    from vllm_oscar.engine.impl import OscarImpl
+
+    impl = object.__new__(OscarImpl)
+    impl.sinks, impl._loaded_sinks = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.bfloat16)), None
+    impl.process_weights_after_loading(torch.bfloat16)
+    first = impl._loaded_sinks
+    assert first.dtype == torch.float32 and first.tolist() == [1.0, -2.0] and not first.requires_grad
+    impl.sinks.data.copy_(torch.tensor([3.0, 4.0]))
+    impl.process_weights_after_loading(torch.bfloat16)
+    assert impl._loaded_sinks is first and first.tolist() == [3.0, 4.0]
+
+
 def test_a_cache_is_a_view_and_never_a_copy():
     from vllm_oscar.engine.impl import _blocks
 
