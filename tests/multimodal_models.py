@@ -19,7 +19,7 @@ from vllm_engine import MODEL
 
 SPECIAL = (
     "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
-    "<|vision_pad|>", "<|audio_start|>", "<|audio_end|>", "<|audio_pad|>", "<image>",
+    "<|vision_pad|>", "<|audio_start|>", "<|audio_end|>", "<|audio_pad|>",
 )  # fmt: skip
 ID = {name: 8192 + index for index, name in enumerate(SPECIAL)}  # behind the demo model's tokens
 TOKEN_NAMES = {  # as the processor of Qwen2.5-Omni asks its tokenizer
@@ -190,13 +190,13 @@ def llava(folder: str) -> None:
             "model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
             "num_attention_heads": 2, "image_size": 56, "patch_size": 14,
         },
-        image_token_index=ID["<image>"],
+        image_token_index=ID["<|image_pad|>"],
         image_seq_length=16,
     )  # fmt: skip
     torch.manual_seed(2)
     processor = {
         "image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor", "patch_size": 14,
-        "vision_feature_select_strategy": "default", "image_token": "<image>", "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default", "image_token": "<|image_pad|>", "num_additional_image_tokens": 1,
         "crop_size": {"height": 56, "width": 56}, "size": {"shortest_edge": 56}, **NORMALIZED,
         "do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True, "resample": 3,
     }  # fmt: skip

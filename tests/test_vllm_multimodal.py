@@ -11,7 +11,7 @@ from test_vllm_lossless import LOSSLESS, assert_same
 
 IMAGES = [[84, 112, 1], [280, 336, 2], [112, 56, 3], [112, 56, 4]]
 QWEN = [ID["<|vision_start|>"], ID["<|image_pad|>"], ID["<|vision_end|>"]]
-LLAVA = [ID["<image>"]]
+LLAVA = [ID["<|image_pad|>"]]
 CASES = {"qwen2_5_vl": QWEN, "qwen3_vl": QWEN, "llava": LLAVA}
 NONE = {"image": 0, "video": 0}
 

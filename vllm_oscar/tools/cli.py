@@ -131,6 +131,32 @@ def doctor(
 
 
 @app.command()
+def features(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As the README has it.")] = False,
+) -> None:
+    """What of vLLM works with an OScaR KV cache, on the CPU and on GPUs, and what is refused."""
+    from vllm_oscar.engine import support
+
+    if markdown:
+        typer.echo(support.markdown())
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for header in ("", "feature", "CPU", "GPU", "note"):
+        table.add_column(header)
+    colors = {support.REFUSED: "red", support.UNRUN: "yellow", support.ABSENT: "dim"}
+    kind = ""
+    for feature in support.FEATURES:
+        devices = (f"[{colors.get(word, 'green')}]{word}[/]" for word in (feature.cpu, feature.gpu))
+        heading, kind = feature.kind if feature.kind != kind else "", feature.kind
+        table.add_row(heading, escape(feature.name.replace("`", "")), *devices, escape(feature.note.replace("`", "")))
+    console.print(table)
+    console.print(
+        "tested: a test of the project runs it. tried: run by hand on such a device. unrun: nobody ran it. "
+        "refused: at start-up, in one sentence that says what to change."
+    )
+
+
+@app.command()
 def verify(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
