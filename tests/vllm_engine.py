@@ -91,6 +91,10 @@ class EngineHost:
         """Call a function of a module of this folder in the process."""
         self._call("call", module=module, function=function, arguments=arguments)
 
+    def inside(self, module: str, function: str, *arguments):
+        """What ``function(engine, *arguments)`` of a module of this folder answers in the process."""
+        return self._call("inside", module=module, function=function, arguments=arguments)
+
     def start(self, kv_cache_dtype: str = "auto", env: dict[str, str] | None = None, **engine_args) -> dict:
         """Replace the running engine. Returns its block count and reported capacity."""
         args = {
@@ -105,13 +109,22 @@ class EngineHost:
         }
         return self._call("start", args=args | engine_args, env=env or {})
 
-    def run(self, prompts: list[list[int]], max_tokens: int = 12, abort: dict[int, int] | None = None, **options):
+    def run(
+        self,
+        prompts: list[list[int] | dict],
+        max_tokens: int = 12,
+        abort: dict[int, int] | None = None,
+        resets: tuple[int, ...] = (),
+        **options,
+    ):
         """Submit all prompts in one step and run them to the end.
 
         Args:
             prompts: token ids, or a dict with ``ids`` and ``images`` as lists of ``[height, width, seed]`` and
-                ``sounds`` of ``[samples at 16 kHz, seed]``: noise.
+                ``sounds`` of ``[samples at 16 kHz, seed]``: noise; instead of ``ids`` it may have ``embeds`` as
+                ``[tokens, channels, seed]``; and a ``priority`` and the folder of a ``lora`` adapter.
             abort: prompt index to the number of output tokens after which it is aborted.
+            resets: numbers of engine steps after which everything running is preempted and the prefix cache forgotten.
             options: more sampling parameters. Greedy, 10 logprobs and no early end unless said.
 
         Returns:
@@ -122,7 +135,7 @@ class EngineHost:
             step that verified some.
         """
         sampling = {"temperature": 0.0, "max_tokens": max_tokens, "logprobs": 10, "ignore_eos": True} | options
-        return self._call("run", prompts=prompts, sampling=sampling, abort=abort or {})
+        return self._call("run", prompts=prompts, sampling=sampling, abort=abort or {}, resets=resets)
 
     def poison(self, word: int) -> int:
         """Fill the KV cache with a 32-bit word and forget the prefix cache. Returns bytes filled."""
@@ -176,6 +189,9 @@ class _Engine:
     def call(self, module: str, function: str, arguments: list) -> None:
         getattr(importlib.import_module(module), function)(*arguments)
 
+    def inside(self, module: str, function: str, arguments: list):
+        return getattr(importlib.import_module(module), function)(self, *arguments)
+
     def start(self, args: dict, env: dict[str, str]) -> dict:
         self.stop()
         from vllm import LLM
@@ -213,11 +229,13 @@ class _Engine:
 
         scheduler.schedule = schedule
 
-    def run(self, prompts: list, sampling: dict, abort: dict) -> list:
+    def run(self, prompts: list, sampling: dict, abort: dict, resets: list) -> list:
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
         sampling = dict(sampling)
+        if "structured_outputs" in sampling:
+            sampling["structured_outputs"] = StructuredOutputsParams(**sampling["structured_outputs"])
         if sampling.pop("stream", False):
             sampling["output_kind"] = RequestOutputKind.DELTA
         engine, results, index_of = self.llm.llm_engine, [], {}
@@ -228,8 +246,12 @@ class _Engine:
             name = f"request-{self.count}"
             index_of[name] = index
             results.append({"outputs": {}, "arrivals": 0, "cached": None})
-            engine.add_request(name, _prompt(prompt), SamplingParams(**sampling))
+            engine.add_request(name, _prompt(prompt), SamplingParams(**sampling), **_request(prompt))
+        steps = 0
         while engine.has_unfinished_requests():
+            steps += 1
+            if steps in resets:
+                assert engine.reset_prefix_cache(reset_running_requests=True)
             for output in engine.step():
                 index = index_of[output.request_id]
                 result = results[index]
@@ -316,6 +338,11 @@ def _prompt(prompt: list[int] | dict) -> dict:
     """What vLLM takes as a prompt."""
     if isinstance(prompt, list):
         return {"prompt_token_ids": prompt}
+    if "embeds" in prompt:
+        import torch
+
+        *shape, seed = prompt["embeds"]
+        return {"prompt_embeds": torch.randn(shape, generator=torch.Generator().manual_seed(seed))}
     import numpy
     from PIL import Image
 
@@ -325,7 +352,18 @@ def _prompt(prompt: list[int] | dict) -> dict:
     images = [Image.fromarray((noise(seed, h, w, 3) * 255).astype("uint8")) for h, w, seed in prompt.get("images", [])]
     sounds = [((noise(seed, samples) - 0.5).astype("float32"), 16000) for samples, seed in prompt.get("sounds", [])]
     data = {name: items for name, items in (("image", images), ("audio", sounds)) if items}
-    return {"prompt_token_ids": prompt["ids"], "multi_modal_data": data}
+    return {"prompt_token_ids": prompt["ids"]} | ({"multi_modal_data": data} if data else {})
+
+
+def _request(prompt: list[int] | dict) -> dict:
+    """The other arguments of a request."""
+    asked = prompt if isinstance(prompt, dict) else {}
+    found = {"priority": asked["priority"]} if "priority" in asked else {}
+    if "lora" in asked:
+        from vllm.lora.request import LoRARequest
+
+        found["lora_request"] = LoRARequest(Path(asked["lora"]).name, 1, asked["lora"])
+    return found
 
 
 def _empty() -> dict:
