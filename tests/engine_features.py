@@ -28,6 +28,7 @@ def ignored_windows(folder: str) -> None:
     torch.manual_seed(5)
     layers = [FULL, SLIDING, FULL, SLIDING]
     shape = {"head_dim": 64, "num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 100}
+    shape["max_window_layers"] = 4  # from which layer on, as vLLM reads it
     _save(Path(folder), Qwen3ForCausalLM(Qwen3Config(**COMMON | shape, layer_types=layers)))
 
 
