@@ -69,7 +69,9 @@ def test_a_shape_is_a_model_with_a_tokenizer_that_gives_tokens_back(name, tmp_pa
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     ids = [2, 17, config.vocab_size - 1, 300]
     assert len(tokenizer) == config.vocab_size
-    assert tokenizer(tokenizer.decode(ids), add_special_tokens=False).input_ids == ids
+    text = tokenizer.decode(ids)
+    assert tokenizer(text, add_special_tokens=False).input_ids == ids
+    assert len(text) <= len(ids) * max(map(len, tokenizer.get_vocab()))  # or vLLM refuses a long prompt unread
 
 
 # ---- commands -----------------------------------------------------------------------
@@ -108,7 +110,7 @@ def test_the_commands_of_a_dry_run_are_ones_that_vllm_reads(tmp_path):
         arguments = parsed(command)
         if command[1] == "serve":
             assert (arguments.host, arguments.port, arguments.enforce_eager) == ("127.0.0.1", 8123, True)
-            assert arguments.max_model_len == 4096 + 32 and arguments.tensor_parallel_size == 2
+            assert arguments.max_model_len == 4096 + 32 + 128 and arguments.tensor_parallel_size == 2
             assert arguments.kv_cache_memory_bytes == 64 << 20
             seen.add(arguments.kv_cache_dtype)
         elif command[2] == "serve":
@@ -255,6 +257,31 @@ def test_a_failed_dtype_does_not_keep_others_from_being_measured(tmp_path, monke
     assert cli._measure(a_sweep(tmp_path)) == ["auto: the server died"]
 
 
+def test_a_failed_request_is_told_and_its_point_measured_again(tmp_path, monkeypatch):
+    sweep = a_sweep(tmp_path, dtypes="oscar", workloads="8k-1k")
+    for name in ("8k-1k-c1", "8k-1k-c4"):
+        write_result(sweep, "oscar", name, 1.0, 10.0, (0, 0, 0))
+    path = tmp_path / "oscar" / "BENCH--8k-1k-c4" / "run=0.json"
+
+    def fake_run(command, log):
+        yield "end", ""
+
+    monkeypatch.setattr("vllm_oscar.tools.bench.sweep.run", fake_run)
+    assert cli._measure(sweep) == [] and path.exists()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"failed": 3}))
+    assert records.missing(sweep, "oscar") == ["8k-1k-c4"]
+
+    def again(command, log):
+        assert not path.parent.exists()  # or the sweep would skip it
+        write_result(sweep, "oscar", "8k-1k-c4", 1.0, 10.0, (0, 0, 0))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"failed": 1}))
+        yield "end", ""
+
+    monkeypatch.setattr("vllm_oscar.tools.bench.sweep.run", again)
+    (sentence,) = cli._measure(sweep)
+    assert sentence.startswith("oscar: 1 requests of 8k-1k-c4 failed, see")
+
+
 def test_other_settings_are_refused_in_a_folder_with_measurements(tmp_path):
     sweep = a_sweep(tmp_path)
     sweep.write()
@@ -310,8 +337,11 @@ def test_the_report_says_where_oscar_loses(tmp_path):
 
 
 def test_runs_are_reported_by_their_median():
-    points = [{"dtype": "auto", "workload": "w", "concurrency": 1, "ttft_p50": value} for value in (9.0, 1.0, 2.0)]
+    point = {"dtype": "auto", "workload": "w", "concurrency": 1, "completed": 4}
+    points = [point | {"ttft_p50": value} for value in (9.0, 1.0, 2.0)]
     assert medians(points)["auto", "w", 1]["ttft_p50"] == 2.0
+    nothing = [point | {"completed": 0, "ttft_p50": 0.0}]
+    assert medians(points + 4 * nothing)["auto", "w", 1]["ttft_p50"] == 2.0 and medians(nothing) == {}
 
 
 def test_a_report_without_a_record_is_refused(tmp_path):

@@ -158,6 +158,11 @@ def _measure(sweep) -> list[str]:
                     _sweep(sweep, dtype, lambda: progress.advance(total), partial(progress.update, current))
             except RuntimeError as error:
                 failures.append(f"{dtype}: {error}")
+            failures += [
+                f"{dtype}: {point['failed']} requests of {point['workload']}-c{point['concurrency']} failed, see "
+                f"{sweep.folder / dtype}.log; run the same command again to measure it again"
+                for point in records.failed(sweep, dtype)
+            ]
             progress.update(total, completed=number * each)
         for result, command in offline:
             progress.update(current, description=f"{result.stem}: offline", completed=0, total=None)
@@ -174,9 +179,10 @@ def _measure(sweep) -> list[str]:
 
 def _sweep(sweep, dtype: str, advance, show) -> None:
     """Run the sweep of a dtype. ``show`` takes ``description``, ``completed`` and ``total`` of what runs now."""
+    from vllm_oscar.tools.bench import records
     from vllm_oscar.tools.bench.sweep import run as run_command
 
-    sweep.forget_warm_up(dtype)
+    sweep.forget(dtype, [f"{point['workload']}-c{point['concurrency']}" for point in records.failed(sweep, dtype)])
     for event, text in run_command(sweep.sweep_command(dtype), sweep.folder / f"{dtype}.log"):
         if event == "point":
             show(description=f"{dtype}: {text}", completed=0, total=None)
@@ -185,7 +191,7 @@ def _sweep(sweep, dtype: str, advance, show) -> None:
             show(completed=done, total=requests)
         elif event == "end":
             advance()
-    sweep.forget_warm_up(dtype)
+    sweep.forget(dtype, [])
 
 
 def _report(record: Path) -> None:

@@ -69,9 +69,15 @@ def collect(sweep: Sweep) -> list[dict]:
 
 
 def missing(sweep: Sweep, dtype: str) -> list[str]:
-    """The points of which not all measurements are there, by name."""
-    done = Counter(f"{p['workload']}-c{p['concurrency']}" for p in collect(sweep) if p["dtype"] == dtype)
+    """The points of which not all measurements are there, or in which a request failed, by name."""
+    complete = [p for p in collect(sweep) if p["dtype"] == dtype and not p["failed"]]
+    done = Counter(f"{p['workload']}-c{p['concurrency']}" for p in complete)
     return [name for name in sweep.bench_params() if name != WARM_UP and done[name] < sweep.runs]
+
+
+def failed(sweep: Sweep, dtype: str) -> list[dict]:
+    """The measurements in which requests failed."""
+    return [point for point in collect(sweep) if point["dtype"] == dtype and point["failed"]]
 
 
 def collect_offline(sweep: Sweep) -> list[dict]:

@@ -18,9 +18,12 @@ Key = tuple[str, str, int]  # dtype, workload, requests in flight
 
 
 def medians(points: list[dict]) -> dict[Key, dict]:
-    """For each point the median of every number over its runs; the other fields of the first run."""
+    """For each point the median of every number over its runs; the other fields of the first run.
+
+    Runs in which every request failed are left out: they measured nothing.
+    """
     runs: dict[Key, list[dict]] = {}
-    for point in points:
+    for point in (point for point in points if point["completed"]):
         runs.setdefault((point["dtype"], point["workload"], point["concurrency"]), []).append(point)
     return {
         key: {

@@ -76,8 +76,8 @@ SHAPES: dict[str, dict] = {
 def write_model(name: str, folder: Path) -> Path:
     """Write the shape's ``config.json`` and a tokenizer with one word per token id; returns ``folder``.
 
-    ``vllm bench serve`` draws token ids, sends their text and expects the same ids back, so words map to ids
-    one to one: ``"t0 t1 t2"``.
+    ``vllm bench serve`` draws token ids, sends their text and expects the same ids back, so words map to ids one to
+    one: ``"t2 t3 t4 "``. A word ends with its space, for vLLM refuses a text with more characters than tokens can have.
     """
     config = SHAPES[name]
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,16 +87,16 @@ def write_model(name: str, folder: Path) -> Path:
         | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         for index, content in enumerate(("<bos>", "<eos>"))
     ]
-    vocabulary = {"<bos>": 0, "<eos>": 1} | {f"t{index}": index for index in range(2, config["vocab_size"])}
+    vocabulary = {"<bos>": 0, "<eos>": 1} | {f"t{index} ": index for index in range(2, config["vocab_size"])}
     tokenizer = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": special,
         "normalizer": None,
-        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "\\S+ "}, "behavior": "Isolated", "invert": False},
         "post_processor": None,
-        "decoder": None,
+        "decoder": {"type": "Fuse"},
         "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<eos>"},
     }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))

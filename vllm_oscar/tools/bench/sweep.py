@@ -25,6 +25,7 @@ from pathlib import Path
 from vllm_oscar.tools.bench.workloads import Workload
 from vllm_oscar.tools.plan import ModelShape, plan
 
+SPARE = 128
 WARM_UP = "warm-up"  # a short run first on each server, not reported
 
 
@@ -100,7 +101,8 @@ class Sweep:
 
     @property
     def max_model_len(self) -> int:
-        return max(workload.longest for workload, _ in self.points)
+        """Of the longest request and a little more, for a tokenizer may give a text back with more tokens."""
+        return max(workload.longest for workload, _ in self.points) + SPARE
 
     @property
     def most_requests(self) -> int:
@@ -179,10 +181,11 @@ class Sweep:
             *([*self.bench_command(dtype), *_options(given)] for name, given in measurements if name != WARM_UP),
         ]
 
-    def forget_warm_up(self, dtype: str) -> None:
-        """Remove the result of the warm-up, so that every server is warmed up and no plot shows it."""
-        for path in (self.folder / dtype).glob(f"*{WARM_UP}"):
-            shutil.rmtree(path)
+    def forget(self, dtype: str, names: list[str]) -> None:
+        """Remove these points and the warm-up: every server is warmed up, and no plot shows it."""
+        for name in (WARM_UP, *names):
+            for path in (self.folder / dtype).glob(f"BENCH--{name}"):
+                shutil.rmtree(path)
 
     def write(self) -> None:
         """Write the files that the commands read."""
@@ -200,7 +203,7 @@ class Sweep:
         except ValueError:
             shape = None  # not a folder, or a model of which we do not know the size: vLLM will say
         longest = max((workload for workload, _ in self.points), key=lambda workload: workload.longest)
-        for row in plan(shape, self.settings.kv_memory, longest.longest) if shape else ():
+        for row in plan(shape, self.settings.kv_memory, self.max_model_len) if shape else ():
             if row.name in self.dtypes and row.requests < 1:
                 raise ValueError(
                     f"{row.name} cannot hold one request of {longest.name} ({longest.longest:,} tokens) in "
