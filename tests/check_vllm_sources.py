@@ -26,6 +26,13 @@ from vllm_oscar.engine.symbols import Symbol
 # A platform's methods must be those of every class that users run.
 PLATFORMS = (("platforms.cpu", "CpuPlatform"), ("platforms.cuda", "CudaPlatformBase"))
 
+# What a vLLM may lack: then that is refused, or slower.
+OPTIONAL = {
+    "KV offloading": symbols.OFFLOADING,
+    "FlashAttention in prefill": symbols.DENSE_PREFILL,
+    "blocks of several pages on the CPU": symbols.CPU_RUNNER,
+}
+
 REGISTER = """
 import vllm
 from vllm_oscar.engine import compat, plugin
@@ -156,10 +163,15 @@ def problem(root: Path, symbol: Symbol) -> str | None:
 
 
 def problems(root: Path) -> list[str]:
-    """Every problem of a source tree."""
+    """Every problem of a source tree that would keep the plugin from working."""
     needed = symbols.needed(lambda symbol: problem(root, symbol) is None)
-    table = [*needed, *symbols.CPU_RUNNER, *symbols.OFFLOADING, *symbols.DENSE_PREFILL]
-    return [text for text in (problem(root, symbol) for symbol in table) if text]
+    return [text for text in (problem(root, symbol) for symbol in needed) if text]
+
+
+def lacks(root: Path) -> dict[str, str]:
+    """What the plugin would do without in a source tree, each with the first problem."""
+    found = {name: [problem(root, symbol) for symbol in table] for name, table in OPTIONAL.items()}
+    return {name: next(filter(None, texts)) for name, texts in found.items() if any(texts)}
 
 
 def register(root: Path) -> str | None:
@@ -183,7 +195,7 @@ def main() -> int:
         if arguments.register and (error := register(root)):
             found.append(f"registration failed: {error}")
         print(f"{root}: {'ok' if not found else ''}")
-        for text in found:
+        for text in [*found, *(f"without {name}: {text}" for name, text in lacks(root).items())]:
             print(f"  {text}")
         failed |= bool(found)
     return failed

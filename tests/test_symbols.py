@@ -70,7 +70,9 @@ def test_an_engine_serves_without_them():
 
 def test_each_parameter_field_and_attribute_in_turn():
     needed = symbols.needed(lambda symbol: symbols.problem(symbol) is None)
-    for symbol in (*needed, *symbols.OFFLOADING):
+    # tests/test_versions.py says which vLLM lacks these.
+    optional = () if symbols.missing(symbols.OFFLOADING) else symbols.OFFLOADING
+    for symbol in (*needed, *optional):
         assert symbols.problem(symbol) is None
         for part in (*symbol.names, *symbol.sets):
             with vanish.without(symbol, part):

@@ -53,7 +53,7 @@ def test_reported_tokens_at_4k(engine_host, auto, preset):
     memory = 1 << 28
     found = start(engine_host, preset, 4096, memory)
     assert found["tokens"] == expected_tokens(preset, 4096, memory)
-    reports = re.findall(r"CPU KV cache size: ([\d,]+) tokens", engine_host.log_text())
+    reports = re.findall(r"[CG]PU KV cache size: ([\d,]+) tokens", engine_host.log_text())
     assert int(reports[-1].replace(",", "")) == found["tokens"]
     if preset == "oscar":
         assert found["tokens"] / auto[4096] >= 4.4
