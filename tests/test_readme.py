@@ -107,3 +107,18 @@ def test_the_readme_has_no_laboratory_prose():
 
 def test_contributing_is_short():
     assert len((REPO / "CONTRIBUTING.md").read_text().splitlines()) <= 15
+
+
+def test_the_metrics_and_log_lines_of_the_docs_exist():
+    vllm = Path(pytest.importorskip("vllm").__file__).parent
+    text = (REPO / "docs" / "operations.md").read_text()
+    places = [*(vllm / "v1").rglob("*.py"), *(REPO / "vllm_oscar").rglob("*.py")]
+    sources = "\n".join(path.read_text() for path in places)
+    metrics = {name.removesuffix("_total") for name in re.findall(r"`(vllm:\w+)`", text)}
+    assert len(metrics) > 5 and [name for name in sorted(metrics) if f'"{name}"' not in sources] == []
+    lines = text[text.index("## What vLLM's log says") : text.index("## What `/metrics` says")]
+    quoted = re.findall(r"^\| `([^`]+)` \|", lines, re.MULTILINE)
+    # Of a line the parts between what is filled in.
+    parts = [part for line in quoted for part in re.split(r"\bGPU\b|\bcuda\b|\b[A-Z]\b|\bOSCAR\b|[:,.]", line)]
+    parts = [part.strip() for part in parts if len(part.strip()) > 8]
+    assert len(parts) > 6 and [part for part in parts if part not in sources] == []
