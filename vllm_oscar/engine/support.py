@@ -65,6 +65,15 @@ FEATURES = (
     ),
     Feature(
         "models",
+        "state-space and linear-attention layers beside attention (Qwen3-Next, LFM2)",
+        TESTED,
+        UNRUN,
+        "Not with drafters that have a KV cache, skipped layers or offloading.",
+        "test_vllm_hybrid.py::test_everything_together",
+        ("KV-cache offloading with {}",),
+    ),
+    Feature(
+        "models",
         "Qwen2 and 3 with `layer_types` that vLLM ignores",
         TESTED,
         UNRUN,
@@ -97,15 +106,12 @@ FEATURES = (
         "test_vllm_multimodal.py::test_the_text_side_alone",
     ),
     _refused("models", "models of sliding windows alone", "models whose layers all have a sliding window"),
-    _refused(
-        "models",
-        "state-space and linear-attention layers (Qwen3-Next, Mamba, LFM2)",
-        "models with state-space or linear-attention layers",
-    ),
+    _refused("models", "models without attention (Mamba)", "models without attention"),
     _refused(
         "models",
         "layers that differ in KV heads or head size (Nemotron-NAS, OpenELM)",
         "layers that differ in KV heads or head size",
+        "{}{}",
         "values of {",
     ),
     _refused("models", "layers that share a KV cache (Gemma 3n)", "layers that share a KV cache"),
@@ -154,7 +160,7 @@ FEATURES = (
     _refused("scheduling", "sleep mode", "sleep mode"),
     _refused("scheduling", "batch-invariant mode", "batch-invariant mode"),
     _refused(
-        "scheduling", "block sizes other than 128, prefix hits inside a block", "--block-size", "prefix hits inside"
+        "scheduling", "block sizes other than 128, hits inside a page", "--block-size", "prefix hits that end inside"
     ),
     # ---- requests
     Feature("requests", "`n > 1`", TESTED, UNRUN, "", _LOSSLESS + "several_samples"),
@@ -164,11 +170,33 @@ FEATURES = (
     Feature("requests", "LoRA", TESTED, UNRUN, "", _FEATURES + "lora"),
     # ---- speculation
     Feature("speculation", "n-gram", TESTED, TRIED, "", _LOSSLESS + "speculation"),
+    Feature(
+        "speculation",
+        "draft models, EAGLE, EAGLE-3, MTP",
+        TESTED,
+        UNRUN,
+        "In pages and rings like the target's.",
+        "test_vllm_drafts.py::test_lossless_with_hits_and_chunks",
+    ),
+    Feature(
+        "speculation",
+        "a drafter in the model's dtype",
+        TESTED,
+        UNRUN,
+        '`"kv_cache_dtype": "auto"` in `--speculative-config`.',
+        "test_vllm_drafts.py::test_a_drafter_in_the_models_dtype",
+        ("a drafter with KV-cache dtype", "a drafter whose target has another"),
+    ),
+    Feature("speculation", "suffix decoding", UNRUN, UNRUN, "It has no KV cache of its own, like n-gram."),
     _refused(
         "speculation",
-        "EAGLE, MTP, suffix, draft models",
+        "parallel drafting and other drafters, drafters beside state-space or skipped layers",
         "speculative decoding with method {",
         "adaptive verification of drafts",
+        "parallel drafting",
+        "drafts of the kind",
+        "a drafter with a KV cache",
+        "a draft model whose pages are not in the first",
     ),
     # ---- parallel
     Feature(
@@ -183,14 +211,22 @@ FEATURES = (
         "cache",
         "offloading to host memory (`--kv-offloading-size`)",
         TESTED,
-        UNRUN,
+        TRIED,
         "Pages travel compressed; vLLM's CPU build has no copies, the test stands in for them.",
         "test_vllm_offload.py::test_reloaded_prefixes",
         ("KV-cache offloading with this vLLM",),
     ),
     _refused("cache", "offloading to disk and other tiers", "KV-cache offloading with {} {}"),
     _refused("cache", "LMCache, NIXL and other KV connectors", "LMCache", "NIXL", "the KV connector {"),
-    _refused("cache", "`--kv-cache-dtype-skip-layers`", "--kv-cache-dtype-skip-layers"),
+    Feature(
+        "cache",
+        "layers in the model's dtype (`--kv-cache-dtype-skip-layers`)",
+        TESTED,
+        UNRUN,
+        "Pages of both sizes share blocks without padding.",
+        "test_vllm_skip_layers.py::test_everything_together",
+        ("{} ", "layers in the model's dtype with"),
+    ),
     # ---- compilation
     Feature("compilation", "`torch.compile`", TESTED, TRIED, "", _LOSSLESS + "compiled"),
     Feature("compilation", "full and piecewise CUDA graphs", ABSENT, TRIED),
