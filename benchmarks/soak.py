@@ -69,7 +69,7 @@ def make_prompts(count: int, seed: int) -> list[list[int]]:
         if kind == 0:
             prompt = words(source.choice((1, 2, 127, 128, 129, 256, 384)))
         elif kind == 1:
-            prompt = words(source.randrange(5, 40)) * source.randrange(3, 12)
+            prompt = words(source.choice((1, 2, 5, 40))) * source.randrange(4, 16)
         else:
             prompt = source.choice(bases)[: source.randrange(1, 513)] + words(source.randrange(1, 120))
         prompts.append(prompt[:640])
@@ -127,7 +127,12 @@ def soak(spec: dict) -> dict:
 
     options = {"num_gpu_blocks_override": BLOCKS[spec["drafts"]]}
     if spec["drafts"]:
-        options["speculative_config"] = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+        options["speculative_config"] = {
+            "method": "ngram",
+            "num_speculative_tokens": 3,
+            "prompt_lookup_min": 1,
+            "prompt_lookup_max": 2,
+        }
     if spec["offload"]:
         extra = {"cpu_bytes_to_use": 32 << 20, "offload_prompt_only": False}
         options["kv_transfer_config"] = {
@@ -222,6 +227,7 @@ def in_a_process(job: str, spec: dict):
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_LOGGING_LEVEL": "WARNING",
     }
+    env["NUMBA_NUM_THREADS"] = "1"  # n-grams are looked up by numba, whose threads would only wait for each other
     env["PYTHONPATH"] = f"{ROOT}:{env.get('PYTHONPATH', '')}"
     with tempfile.NamedTemporaryFile("r", suffix=".json") as answer:
         command = [sys.executable, __file__, "--job", json.dumps([job, spec, answer.name])]

@@ -202,8 +202,7 @@ FEATURES = (
     Feature(
         "parallel", "tensor parallelism (mp and Ray)", TESTED, TRIED, "Two ranks.", "test_vllm_tp.py::test_two_ranks"
     ),
-    Feature("parallel", "pipeline parallelism", TESTED, UNRUN, "Two ranks.", _FEATURES + "two_ranks"),
-    Feature("parallel", "expert parallelism", TESTED, UNRUN, "Two ranks.", _FEATURES + "two_ranks"),
+    Feature("parallel", "pipeline and expert parallelism", ABSENT, UNRUN, "vLLM's CPU build fails with `auto`, too."),
     Feature("parallel", "data parallelism", UNRUN, UNRUN),
     _refused("parallel", "DCP and PCP", "--{} {}", "decode context parallelism", "prefill context parallelism"),
     # ---- cache
