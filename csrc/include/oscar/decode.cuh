@@ -82,7 +82,7 @@ OSCAR_DEVICE void attend_pages(const Cursor& now, const DecodeParams& p, PageBuf
           for (int j = 0; j < 4; ++j) score[r][j] = p.soft_cap(score[r][j]);
         }
       }
-      int first[2] = {};  // tokens that the rows of the lane's columns see
+      int first[2] = {};  // tokens of the page that the lane's rows see
       if (request.seen_by_all > start) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
@@ -127,7 +127,8 @@ OSCAR_DEVICE void attend_16_bit(const Tokens& tokens, const Cursor& now, const D
                                 Accumulator<Layout::kTiles> (&acc)[NTiles], int lane) {
   const int first_row = now.row_block * 8 * NTiles + p.launch.first_token * p.group;  // of the step
   const auto attend = [&](auto is_bf16) {
-    attend_tokens<decltype(is_bf16)::value>(tokens, query, first_row, p.group, p.reach, scale_log2, p.soft_cap, acc, lane);
+    constexpr bool kBf16 = decltype(is_bf16)::value;
+    attend_tokens<kBf16>(tokens, query, first_row, p.group, p.reach, scale_log2, p.soft_cap, acc, lane);
   };
   if (p.dtype == OSCAR_BF16) attend(std::true_type());
   else attend(std::false_type());

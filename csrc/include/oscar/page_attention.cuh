@@ -76,8 +76,8 @@ constexpr int kBlocksAtOnce = NTiles * Tiles <= 8 ? 2 : 1;
 
 // Attend to a page. `codes` and `params`: the buffers of code words and of everything else, both to be
 // indexed by page offsets. `finish(token, n, score)` is called if `unfinished`, with the scores of query
-// tile `n` and tokens `token + 16 * r` (score[r][0], [1]) and `token + 16 * r + 8` ([2], [3]). `values_ready()` is called before the value
-// codes are read, `keys_done()` after the last use of key codes.
+// tile n: score[r][0] and [1] are of token `token + 16 * r`, [2] and [3] of the eighth one behind it.
+// `values_ready()` is called before the value codes are read, `keys_done()` after the last use of key codes.
 template <class Layout, int NTiles, class Finish, class ValuesReady, class KeysDone>
 OSCAR_DEVICE void attend_page(const uint8_t* codes, const uint8_t* params, bool first, bool unfinished,
                               const Finish& finish, const ValuesReady& values_ready, const KeysDone& keys_done,
