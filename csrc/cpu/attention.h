@@ -109,11 +109,13 @@ class Attention {
             continue;
           }
           const int splits = (seen.pages() + kSplitPages - 1) / kSplitPages;
+          // A window has few: a last one of a page or two would leave the work to the others.
+          const int pages = softmax.sliding_window > 0 ? (seen.pages() + splits - 1) / splits : kSplitPages;
           item.parts = splits + 1;
           for (int split = 0; split < splits; split++) {
             item.part = split;
-            item.page0 = seen.page0 + split * kSplitPages;
-            item.page1 = min_of(seen.page1, item.page0 + kSplitPages);
+            item.page0 = min_of(seen.page1, seen.page0 + split * pages);
+            item.page1 = min_of(seen.page1, item.page0 + pages);
             emit(item);
           }
           item.part = splits;

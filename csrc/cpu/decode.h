@@ -15,14 +15,14 @@
 namespace {
 
 // Registers hold row tile x (two or four) accumulators.
-constexpr int kRowTile = kParts == 1 ? 4 : 2;
+constexpr int kRowTile = 4;
 constexpr int kMaxRows = 16;
 
 // work(row, std::integral_constant<int, n>()) for n rows from `row` on, until all have had their turn.
-template <class Work>
+template <int TILE, class Work>
 inline void by_rows(int rows, Work work) {
   int row = 0;
-  for (; row + kRowTile <= rows; row += kRowTile) work(row, std::integral_constant<int, kRowTile>());
+  for (; row + TILE <= rows; row += TILE) work(row, std::integral_constant<int, TILE>());
   switch (rows - row) {
     case 3: return work(row, std::integral_constant<int, 3>());
     case 2: return work(row, std::integral_constant<int, 2>());
@@ -65,6 +65,7 @@ struct DecodeState {
   float* logits;          // [row][token], then probabilities
   int32_t* probs;         // [value group][block][row][j1][2][t]: times value scales, split
   I* planes;
+  NativeI* wide;          // codes in 16 bits: WideCodes
   float* output;          // [row][chunk][g][j0][16]: lanes 4 * tile + t, summed over t at the end
   float *maximum, *total;  // [row]
   float* zeros;           // [row][value group]: sum of p * zero
@@ -79,10 +80,16 @@ struct DecodeState {
   int probs_group() const { return kGroupTokens / 32 * rows * 16; }
 };
 
+// Key codes of 32 tokens, or value codes of 8 channel pairs and some pages.
+inline size_t wide_bytes(const Shape& s) {
+  return kParts == 1 ? 0 : 64 * max_of(4 * s.words, kGroupTokens / 32 * 8);
+}
+
 inline size_t decode_bytes(const Shape& s, int rows) {
   const auto pad = Scratch::padded;
   return 2 * pad(16 * rows * s.quads) + pad(4 * rows * kGroupTokens) +
-         pad(4 * rows * s.value_groups * kGroupTokens / 2) + pad(64 * s.words * 4) + pad(4 * rows * s.spread()) +
+         pad(4 * rows * s.value_groups * kGroupTokens / 2) + pad(64 * s.words * 4) + wide_bytes(s) +
+         pad(4 * rows * s.spread()) +
          3 * pad(4 * rows) + 3 * pad(4 * rows * s.value_groups) + pad(4 * s.dim);
 }
 
@@ -95,6 +102,7 @@ inline DecodeState take_decode(Scratch& scratch, const Shape& s, int rows, float
   d.logits = scratch.take<float>(rows * kGroupTokens);
   d.probs = scratch.take<int32_t>(rows * s.value_groups * kGroupTokens / 2);
   d.planes = scratch.take<I>(s.words * 4);
+  d.wide = scratch.take<NativeI>(wide_bytes(s) / sizeof(NativeI));
   d.output = scratch.take<float>(rows * s.spread());
   d.maximum = scratch.take<float>(rows);
   d.total = scratch.take<float>(rows);
@@ -190,8 +198,62 @@ inline void round_queries(const DecodeState& d, const Shape& s, const KeyGroup* 
   }
 }
 
+#if !defined(__AVX512VNNI__)
+// Codes widened to 16 bits once for all rows, since registers are few: [part][step][j0][even, odd byte], where
+// a step has codes of four channels or tokens. Sums of four rows, a part of a vector each, fit the registers.
+class WideCodes {
+ public:
+  WideCodes(NativeI* at, int steps) : at_(at), steps_(steps) {}
+
+  void put(int step, const I (&codes)[2]) const {  // [j0]
+    const I mask = set_i(0x00ff00ff);
+    for (int j0 = 0; j0 < 2; j0++) {
+      const I even = codes[j0] & mask, odd = shift_right<8>(codes[j0]) & mask;
+      OSCAR_EACH {
+        NativeI* out = at_ + (k * steps_ + step) * 4 + 2 * j0;
+        out[0] = even.v[k], out[1] = odd.v[k];
+      }
+    }
+  }
+
+  // Sums over all steps; number(part, step, row, which) are the numbers of even and of odd bytes.
+  template <int ROWS, class Number>
+  void dot(I (&sums)[ROWS][2], Number number) const {  // [row][j0]
+    const NativeI* codes = at_;
+    for (int part = 0; part < kParts; part++) {
+      NativeI all[ROWS][2] = {};
+      for (int step = 0; step < steps_; step++, codes += 4)
+        _Pragma("GCC unroll 4") for (int row = 0; row < ROWS; row++) {
+          const NativeI even = number(part, step, row, 0), odd = number(part, step, row, 1);
+          all[row][0] = dot16(dot16(all[row][0], codes[0], even), codes[1], odd);
+          all[row][1] = dot16(dot16(all[row][1], codes[2], even), codes[3], odd);
+        }
+      _Pragma("GCC unroll 4") for (int row = 0; row < ROWS; row++)
+        sums[row][0].v[part] = all[row][0], sums[row][1].v[part] = all[row][1];
+    }
+  }
+
+ private:
+  NativeI* at_;
+  int steps_;
+};
+#endif
+
+// Logits of a row and the tokens r of two blocks, from the products of codes with j0 0 and 1.
+OSCAR_INLINE void put_logits(I even, I odd, int row, int pair, int r, const float* const (&factor)[2],
+                             const float* const (&offset)[2], const float* norms, float* logits) {
+  I blocks[2];
+  deinterleave(even, odd, blocks[0], blocks[1]);
+  for (int block = 0; block < 2; block++) {
+    const int token = 64 * pair + 32 * block + 16 * r;
+    const F logit = fma(to_float(blocks[block]), set_f(factor[block][row]), set_f(offset[block][row]));
+    store(logits + row * kGroupTokens + token, logit * load_f(norms + token));
+  }
+}
+
 // Logits of 64 tokens: blocks 2 * pair, 2 * pair + 1. factor, offset: [block][row]. TWO: each block has
 // a key group of its own.
+#if defined(__AVX512VNNI__)
 template <int BITS, bool TWO, int ROWS>
 inline void dot_keys(DecodeState& d, const Shape& s, int row0, int pair, const float* const (&factor)[2],
                      const float* const (&offset)[2], const float* norms, float* logits) {
@@ -213,26 +275,44 @@ inline void dot_keys(DecodeState& d, const Shape& s, int row0, int pair, const f
           dot(sums[row][1], codes[j1][1], first, second);
         }
     }
-    for (int row = 0; row < ROWS; row++) {
-      I blocks[2];
-      deinterleave(total(sums[row][0]), total(sums[row][1]), blocks[0], blocks[1]);
-      for (int block = 0; block < 2; block++) {
-        const int token = 64 * pair + 32 * block + 16 * r;
-        const F logit =
-            fma(to_float(blocks[block]), set_f(factor[block][row0 + row]), set_f(offset[block][row0 + row]));
-        store(logits + (row0 + row) * kGroupTokens + token, logit * load_f(norms + token));
-      }
-    }
+    for (int row = 0; row < ROWS; row++)
+      put_logits(total(sums[row][0]), total(sums[row][1]), row0 + row, pair, r, factor, offset, norms, logits);
   }
 }
 
 template <int BITS, bool TWO>
 inline void pair_logits(DecodeState& d, const Shape& s, int pair, const float* const (&factor)[2],
                         const float* const (&offset)[2], const float* norms, float* logits) {
-  by_rows(d.rows, [&](int row, auto rows) {
+  by_rows<kRowTile>(d.rows, [&](int row, auto rows) {
     dot_keys<BITS, TWO, rows>(d, s, row, pair, factor, offset, norms, logits);
   });
 }
+#else
+template <int BITS, bool TWO>
+inline void pair_logits(DecodeState& d, const Shape& s, int pair, const float* const (&factor)[2],
+                        const float* const (&offset)[2], const float* norms, float* logits) {
+  const WideCodes wide(d.wide, s.words);
+  for (int r = 0; r < 2; r++) {
+    for (int k = 0; k < s.words / 2; k++) {
+      d.prefetch.advance();
+      I codes[2][2];
+      key_codes<BITS>(d.planes, s.words, pair, k, r, codes);
+      for (int j1 = 0; j1 < 2; j1++) wide.put(2 * k + j1, codes[j1]);
+    }
+    by_rows<kRowTile>(d.rows, [&](int row0, auto rows) {
+      const int32_t* numbers = d.numbers + row0 * 4 * s.quads;
+      const int stride = 4 * s.quads, next = (1 + TWO) * s.quads;
+      I sums[rows][2];
+      wide.dot<rows>(sums, [=](int, int step, int row, int which) {
+        const int32_t* n = numbers + row * stride + which * next + (1 + TWO) * step;
+        return TWO ? native_pair(n) : n[0] - NativeI{};
+      });
+      for (int row = 0; row < rows; row++)
+        put_logits(sums[row][0], sums[row][1], row0 + row, pair, r, factor, offset, norms, logits);
+    });
+  }
+}
+#endif
 
 template <int BITS>
 inline void page_logits(DecodeState& d, const Shape& s, const uint8_t* page, bool first, float* logits) {
@@ -393,66 +473,116 @@ inline void round_probabilities(DecodeState& d, const Shape& s, const uint8_t* c
   }
 }
 
-// TWO: tiles 2 and 3 of a chunk have a value group of their own.
-template <int BITS, bool TWO, int ROWS>
-inline void dot_values(DecodeState& d, const Shape& s, const uint8_t* const* pages, int count, int row0, int chunk) {
+// work(codes) for each block of 32 tokens of some pages: codes of a channel pair g of each tile of a chunk.
+template <int BITS, class Work>
+OSCAR_INLINE void each_block(const Shape& s, const uint8_t* const* pages, int count, int chunk, int g, Work work) {
   const int width = s.width(chunk);
   const int block_bytes = 32 * s.tiles * 4;
   constexpr int kBlocks = BITS == 3 ? 2 : 4;  // that follow each other; two share upper bits of 3-bit codes
   const int64_t upper_bytes = s.format.v_high - s.format.v_codes;  // of 4-bit codes: on from the lower bits
+  for (int page = 0; page < count; page++) {
+    const int64_t row_of_codes = chunk * 512 + g * 16 * width;
+    const uint8_t* low = pages[page] + s.format.v_codes + row_of_codes;
+    const uint8_t* upper = pages[page] + s.format.v_high + row_of_codes;
+    _Pragma("GCC unroll 2") for (int i = 0; i < 4 / kBlocks; i++) {
+      I high = zero_i();
+      if (BITS == 3) high = transpose_quarters(load_row(upper + i * block_bytes, width));
+      _Pragma("GCC unroll 1") for (int block = 0; block < kBlocks; block++, low += block_bytes) {
+        if (BITS == 4) high = transpose_quarters(load_row(low + upper_bytes, width));
+        I codes[2][2];
+        join_planes<BITS>(transpose_quarters(load_row(low, width)), high, rotate_right<2>(high), codes);
+        if (BITS == 3) high = rotate_right<1>(high);
+        work(codes);
+      }
+    }
+  }
+}
+
+// Factors of a chunk's products and of what its output was, by lane.
+template <int ROWS>
+struct ChunkFactors {
+  F product[ROWS], output[ROWS];
+
+  OSCAR_INLINE ChunkFactors(const DecodeState& d, const Shape& s, int row0, int chunk) {
+    for (int row = 0; row < ROWS; row++) {
+      alignas(64) float lanes[kLanes];
+      for (int i = 0; i < kLanes; i++) {
+        const int of_lane = min_of(64 * chunk + 16 * (i >> 2), s.dim - 1) / s.format.value_group;
+        lanes[i] = d.factor[(row0 + row) * s.value_groups + of_lane];
+      }
+      product[row] = load_f(lanes);
+      output[row] = set_f(d.decay[row0 + row]);
+    }
+  }
+
+  OSCAR_INLINE void add(int row, I products, float* out) const {
+    store(out, fma(to_float(products), product[row], load_f(out) * output[row]));
+  }
+};
+
+// TWO: tiles 2 and 3 of a chunk have a value group of their own.
+#if defined(__AVX512VNNI__)
+template <int BITS, bool TWO, int ROWS>
+inline void dot_values(DecodeState& d, const Shape& s, const uint8_t* const* pages, int count, int row0, int chunk) {
   const int group = 64 * chunk / s.format.value_group, group_stride = TWO ? d.probs_group() : 0;
   const int32_t* probs = d.probs + group * d.probs_group() + row0 * 16;
-  F factor[ROWS], decay[ROWS];
-  for (int row = 0; row < ROWS; row++) {
-    alignas(64) float lanes[kLanes];
-    for (int i = 0; i < kLanes; i++) {
-      const int of_lane = min_of(64 * chunk + 16 * (i >> 2), s.dim - 1) / s.format.value_group;
-      lanes[i] = d.factor[(row0 + row) * s.value_groups + of_lane];
-    }
-    factor[row] = load_f(lanes);
-    decay[row] = set_f(d.decay[row0 + row]);
-  }
+  const ChunkFactors<ROWS> factors(d, s, row0, chunk);
   for (int g = 0; g < 8; g++) {
     d.prefetch.advance();
     Sum sums[ROWS][2];
     _Pragma("GCC unroll 8") for (int row = 0; row < ROWS; row++) sums[row][0] = sums[row][1] = zero_sum();
     // Not unrolled: one pointer and fixed distances are all that the registers left over can hold.
     const int32_t* p = probs;
-    for (int page = 0; page < count; page++) {
-      const int64_t row_of_codes = chunk * 512 + g * 16 * width;
-      const uint8_t* low = pages[page] + s.format.v_codes + row_of_codes;
-      const uint8_t* upper = pages[page] + s.format.v_high + row_of_codes;
-      _Pragma("GCC unroll 2") for (int i = 0; i < 4 / kBlocks; i++) {
-        I high = zero_i();
-        if (BITS == 3) high = transpose_quarters(load_row(upper + i * block_bytes, width));
-        _Pragma("GCC unroll 1") for (int block = 0; block < kBlocks; block++, p += 16 * d.rows, low += block_bytes) {
-          if (BITS == 4) high = transpose_quarters(load_row(low + upper_bytes, width));
-          I codes[2][2];
-          join_planes<BITS>(transpose_quarters(load_row(low, width)), high, rotate_right<2>(high), codes);
-          if (BITS == 3) high = rotate_right<1>(high);
-          _Pragma("GCC unroll 8") for (int row = 0; row < ROWS; row++)
-            _Pragma("GCC unroll 2") for (int j1 = 0; j1 < 2; j1++) {
-              const int32_t* q = p + 16 * row + 8 * j1;
-              const I first = repeat_quarters(q, q + group_stride);
-              const I second = repeat_quarters(q + 4, q + 4 + group_stride);
-              dot(sums[row][0], codes[j1][0], first, second);
-              dot(sums[row][1], codes[j1][1], first, second);
-            }
+    each_block<BITS>(s, pages, count, chunk, g, [&](const I (&codes)[2][2]) {
+      _Pragma("GCC unroll 8") for (int row = 0; row < ROWS; row++)
+        _Pragma("GCC unroll 2") for (int j1 = 0; j1 < 2; j1++) {
+          const int32_t* q = p + 16 * row + 8 * j1;
+          const I first = repeat_quarters(q, q + group_stride);
+          const I second = repeat_quarters(q + 4, q + 4 + group_stride);
+          dot(sums[row][0], codes[j1][0], first, second);
+          dot(sums[row][1], codes[j1][1], first, second);
         }
-      }
-    }
+      p += 16 * d.rows;
+    });
     for (int row = 0; row < ROWS; row++)
       for (int j0 = 0; j0 < 2; j0++) {
         float* out = d.output + (row0 + row) * s.spread() + ((chunk * 8 + g) * 2 + j0) * kLanes;
-        store(out, fma(to_float(total(sums[row][j0])), factor[row], load_f(out) * decay[row]));
+        factors.add(row, total(sums[row][j0]), out);
       }
   }
 }
 
 template <int BITS, bool TWO>
 inline void chunk_values(DecodeState& d, const Shape& s, const uint8_t* const* pages, int count, int chunk) {
-  by_rows(d.rows, [&](int row, auto rows) { dot_values<BITS, TWO, rows>(d, s, pages, count, row, chunk); });
+  by_rows<kRowTile>(d.rows, [&](int row, auto rows) { dot_values<BITS, TWO, rows>(d, s, pages, count, row, chunk); });
 }
+#else
+template <int BITS, bool TWO>
+inline void chunk_values(DecodeState& d, const Shape& s, const uint8_t* const* pages, int count, int chunk) {
+  const int group = 64 * chunk / s.format.value_group, group_stride = TWO ? d.probs_group() : 0;
+  const WideCodes wide(d.wide, 8 * count);
+  for (int g = 0; g < 8; g++) {
+    d.prefetch.advance();
+    int step = 0;
+    each_block<BITS>(s, pages, count, chunk, g, [&](const I (&codes)[2][2]) {
+      for (int j1 = 0; j1 < 2; j1++) wide.put(step++, codes[j1]);
+    });
+    by_rows<kRowTile>(d.rows, [&](int row0, auto rows) {
+      const int32_t* probs = d.probs + group * d.probs_group() + row0 * 16;
+      const int block_stride = 16 * d.rows;
+      I sums[rows][2];
+      wide.dot<rows>(sums, [=](int part, int step, int row, int which) {
+        const int upper = part * kPartLanes < kLanes / 2 ? 0 : group_stride;
+        return native_quarter(probs + upper + (step >> 1) * block_stride + 16 * row + 8 * (step & 1) + 4 * which);
+      });
+      const ChunkFactors<rows> factors(d, s, row0, chunk);
+      for (int row = 0; row < rows; row++)
+        for (int j0 = 0; j0 < 2; j0++)
+          factors.add(row, sums[row][j0], d.output + (row0 + row) * s.spread() + ((chunk * 8 + g) * 2 + j0) * kLanes);
+    });
+  }
+}
+#endif
 
 template <int BITS>
 inline void page_values(DecodeState& d, const Shape& s, const uint8_t* const* pages, int count) {

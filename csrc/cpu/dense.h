@@ -149,12 +149,16 @@ inline void soften_uncapped(const DenseState& d, const Shape& s, int count, Visi
     float* scores = d.scores + row * kTile;
     const Seen seen = visible(row);
     F peak = none;
-    for (int i = 0; i < padded; i += 16) {
-      F x = select(less(index, set_i(seen.end - i)), logit(load_f(scores + i), i), none);
-      if (i < seen.begin) x = select(less(index, set_i(seen.begin - i)), none, x);
+    const auto put = [&](int i, F x) {
       store(scores + i, x);
       peak = max(peak, x);
-    }
+    };
+    const auto before_end = [&](int i) {
+      return select(less(index, set_i(seen.end - i)), logit(load_f(scores + i), i), none);
+    };
+    int i = 0;
+    for (; i < seen.begin; i += 16) put(i, select(less(index, set_i(seen.begin - i)), none, before_end(i)));
+    for (; i < padded; i += 16) put(i, before_end(i));
     const float old = d.maximum[row];
     const float top = largest(max(set_f(old), peak));
     const F base = set_f(top == -__builtin_inff() ? 0.0f : top);

@@ -27,6 +27,8 @@ struct RoundedRows {
   }
 };
 
+constexpr int kInt8Rows = kParts == 1 ? 4 : 2;  // at once
+
 template <int ROWS>
 inline void int8_scores(const RoundedRows& query, int row0, int dim, const TokenTile& tile, float* scores) {
   for (int t = 0; t < tile.count; t += 4) {
@@ -94,7 +96,7 @@ inline void attend_int8(const DenseState& d, const Shape& s, const float* query,
   const int padded = (tile.count + 15) / 16 * 16;
   RoundedRows rounded;
   for (int row = 0; row < d.rows; row++) rounded.set(row, query + row * s.dim, s.dim);
-  by_rows(d.rows, [&](int row, auto rows) { int8_scores<rows>(rounded, row, s.dim, tile, d.scores); });
+  by_rows<kInt8Rows>(d.rows, [&](int row, auto rows) { int8_scores<rows>(rounded, row, s.dim, tile, d.scores); });
   const auto scale = [&](int row, const float* by, float factor) {
     float* x = d.scores + row * kTile;
     for (int i = 0; i < padded; i += 16) store(x + i, load_f(x + i) * (load_f(by + i) * set_f(factor)));
@@ -105,7 +107,7 @@ inline void attend_int8(const DenseState& d, const Shape& s, const float* query,
     scale(row, tile.value_scale, 1.0f);
     rounded.set(row, d.scores + row * kTile, padded);
   }
-  by_rows(d.rows, [&](int row, auto rows) {
+  by_rows<kInt8Rows>(d.rows, [&](int row, auto rows) {
     int c = 0;
     for (; c + 32 * kChunks <= s.dim; c += 32 * kChunks)
       int8_values<rows, kChunks>(rounded, row, s.dim, tile, c, d.output);

@@ -216,50 +216,31 @@ OSCAR_INLINE I merge_bits(I mask, I a, I b) {
 // pairs of 16 bits.
 constexpr float kLargest = 32639;  // of a number: 127 * 256 + 127
 
-struct Sum {
-#if defined(__AVX512VNNI__)
-  I high, low;
-#else
-  I all;
-#endif
-};
 // acc + a.lo * b.lo + a.hi * b.hi of the signed 16-bit halves of each lane.
-OSCAR_INLINE I dot16(I acc, I a, I b) {
+OSCAR_INLINE NativeI dot16(NativeI acc, NativeI a, NativeI b) {
 #if defined(__AVX512VNNI__)
-  acc.v[0] = (NativeI)_mm512_dpwssd_epi32((__m512i)acc.v[0], (__m512i)a.v[0], (__m512i)b.v[0]);
+  return (NativeI)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
-  OSCAR_EACH acc.v[k] += (NativeI)_mm256_madd_epi16((__m256i)a.v[k], (__m256i)b.v[k]);
+  return acc + (NativeI)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #else
-  OSCAR_EACH {
-    const NativeI low = ((a.v[k] << 16) >> 16) * ((b.v[k] << 16) >> 16);
-    acc.v[k] += low + (a.v[k] >> 16) * (b.v[k] >> 16);
-  }
+  return acc + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
 #endif
+}
+OSCAR_INLINE I dot16(I acc, I a, I b) {
+  OSCAR_EACH acc.v[k] = dot16(acc.v[k], a.v[k], b.v[k]);
   return acc;
 }
-OSCAR_INLINE void dot(Sum& sum, I codes, I first, I second) {
 #if defined(__AVX512VNNI__)
+struct Sum {
+  I high, low;
+};
+OSCAR_INLINE void dot(Sum& sum, I codes, I first, I second) {
   sum.high.v[0] = (NativeI)_mm512_dpbusd_epi32((__m512i)sum.high.v[0], (__m512i)codes.v[0], (__m512i)first.v[0]);
   sum.low.v[0] = (NativeI)_mm512_dpbusd_epi32((__m512i)sum.low.v[0], (__m512i)codes.v[0], (__m512i)second.v[0]);
-#else
-  const I mask = set_i(0x00ff00ff);
-  sum.all = dot16(dot16(sum.all, codes & mask, first), shift_right<8>(codes) & mask, second);
-#endif
 }
-OSCAR_INLINE Sum zero_sum() {
-#if defined(__AVX512VNNI__)
-  return {zero_i(), zero_i()};
-#else
-  return {zero_i()};
+OSCAR_INLINE Sum zero_sum() { return {zero_i(), zero_i()}; }
+OSCAR_INLINE I total(const Sum& sum) { return shift_left<8>(sum.high) + sum.low; }
 #endif
-}
-OSCAR_INLINE I total(const Sum& sum) {
-#if defined(__AVX512VNNI__)
-  return shift_left<8>(sum.high) + sum.low;
-#else
-  return sum.all;
-#endif
-}
 // Numbers of the codes in bytes 0 to 3 of each lane.
 OSCAR_INLINE void split(I n0, I n1, I n2, I n3, I& first, I& second) {
 #if defined(__AVX512VNNI__)
@@ -278,14 +259,25 @@ OSCAR_INLINE void split(I n0, I n1, I n2, I n3, I& first, I& second) {
 #endif
 }
 // Lanes 0, 2, 4, ... hold p[0], lanes 1, 3, 5, ... p[1].
-OSCAR_INLINE I broadcast_pair(const int32_t* p) {
-  I r;
+OSCAR_INLINE NativeI native_pair(const int32_t* p) {
   int64_t both;
   memcpy(&both, p, 8);
   typedef int64_t Native64 __attribute__((vector_size(kVectorBytes)));
-  OSCAR_EACH r.v[k] = (NativeI)(both - Native64{});
+  return (NativeI)(both - Native64{});
+}
+OSCAR_INLINE I broadcast_pair(const int32_t* p) {
+  I r;
+  OSCAR_EACH r.v[k] = native_pair(p);
   return r;
 }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Lanes FIRST, FIRST + 2, ... of a then of b.
+template <int FIRST>
+OSCAR_INLINE __m256 alternate_lanes(__m256 a, __m256 b) {
+  const __m256 mixed = _mm256_shuffle_ps(a, b, FIRST ? 0xdd : 0x88);
+  return (__m256)_mm256_permute4x64_epi64((__m256i)mixed, 0xd8);
+}
+#endif
 // Lanes 0, 2, 4, ... of a then of b; lanes 1, 3, 5, ... of a then of b.
 template <class V>
 OSCAR_INLINE void deinterleave(V a, V b, V& even, V& odd) {
@@ -295,6 +287,12 @@ OSCAR_INLINE void deinterleave(V a, V b, V& even, V& odd) {
   const __m512i x = (__m512i)a.v[0], y = (__m512i)b.v[0];
   even.v[0] = (decltype(even.v[0] + even.v[0]))_mm512_permutex2var_epi32(x, index, y);
   odd.v[0] = (decltype(odd.v[0] + odd.v[0]))_mm512_permutex2var_epi32(x, next, y);
+#elif defined(__AVX2__)
+  typedef decltype(a.v[0] + a.v[0]) Native;
+  even.v[0] = (Native)alternate_lanes<0>((__m256)a.v[0], (__m256)a.v[1]);
+  even.v[1] = (Native)alternate_lanes<0>((__m256)b.v[0], (__m256)b.v[1]);
+  odd.v[0] = (Native)alternate_lanes<1>((__m256)a.v[0], (__m256)a.v[1]);
+  odd.v[1] = (Native)alternate_lanes<1>((__m256)b.v[0], (__m256)b.v[1]);
 #else
   int32_t from[32], to[2][16];
   store(from, a);
@@ -319,16 +317,35 @@ OSCAR_INLINE V permute(V a, const int32_t (&from)[kLanes]) {
 }
 template <class V>
 OSCAR_INLINE V even_then_odd(V a) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  typedef decltype(a.v[0] + a.v[0]) Native;
+  const __m256 low = (__m256)a.v[0], high = (__m256)a.v[1];
+  a.v[0] = (Native)alternate_lanes<0>(low, high);
+  a.v[1] = (Native)alternate_lanes<1>(low, high);
+  return a;
+#endif
   static constexpr int32_t kFrom[kLanes] = {0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15};
   return permute(a, kFrom);
 }
 // The same within each half.
 OSCAR_INLINE I even_then_odd_by_8(I a) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i from = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+  OSCAR_EACH a.v[k] = (NativeI)_mm256_permutevar8x32_epi32((__m256i)a.v[k], from);
+  return a;
+#endif
   static constexpr int32_t kFrom[kLanes] = {0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15};
   return permute(a, kFrom);
 }
 // Lane 4i + j becomes lane 4j + i.
 OSCAR_INLINE I transpose_quarters(I a) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i even = _mm256_permute2x128_si256((__m256i)a.v[0], (__m256i)a.v[1], 0x20);
+  const __m256i odd = _mm256_permute2x128_si256((__m256i)a.v[0], (__m256i)a.v[1], 0x31);
+  a.v[0] = (NativeI)_mm256_permute4x64_epi64(_mm256_unpacklo_epi32(even, odd), 0xd8);
+  a.v[1] = (NativeI)_mm256_permute4x64_epi64(_mm256_unpackhi_epi32(even, odd), 0xd8);
+  return a;
+#endif
   static constexpr int32_t kFrom[kLanes] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
   return permute(a, kFrom);
 }
@@ -374,6 +391,14 @@ OSCAR_INLINE void store_interleaved(int32_t* p, I a, I b) {
   const __m512i x = (__m512i)a.v[0], y = (__m512i)b.v[0];
   _mm512_storeu_si512(p, _mm512_permutex2var_epi32(x, index, y));
   _mm512_storeu_si512(p + 16, _mm512_permutex2var_epi32(x, next, y));
+#elif defined(__AVX2__)
+  OSCAR_EACH {
+    const __m256i low = _mm256_unpacklo_epi32((__m256i)a.v[k], (__m256i)b.v[k]);
+    const __m256i high = _mm256_unpackhi_epi32((__m256i)a.v[k], (__m256i)b.v[k]);
+    __m256i* out = reinterpret_cast<__m256i*>(p) + 2 * k;
+    _mm256_storeu_si256(out, _mm256_permute2x128_si256(low, high, 0x20));
+    _mm256_storeu_si256(out + 1, _mm256_permute2x128_si256(low, high, 0x31));
+  }
 #else
   int32_t x[16], y[16];
   store(x, a);
@@ -406,26 +431,37 @@ OSCAR_INLINE I gather_pairs(const uint8_t* p, const uint8_t* q, int64_t stride) 
   I r;
   r.v[0] = (NativeI)_mm512_setr_epi64(x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7]);
   return r;
+#elif defined(__AVX2__)
+  I r;
+  OSCAR_EACH r.v[k] = (NativeI)_mm256_setr_epi64x(x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3]);
+  return r;
 #else
   return load_i(x);
 #endif
 }
+#if defined(__AVX512VNNI__)
 // p[0] .. p[3] in the lower two quarters of the lanes, q[0] .. q[3] in the upper.
 OSCAR_INLINE I repeat_quarters(const int32_t* p, const int32_t* q) {
   I r;
-#if defined(__AVX512F__)
   const __m512i x = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   r.v[0] = (NativeI)x;
   if (p != q)
     r.v[0] = (NativeI)_mm512_mask_broadcast_i32x4(x, 0xff00, _mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
   asm("" : "+v"(r.v[0]));  // the compiler would rather load again for every use
-#else
-  int32_t lanes[kLanes];
-  for (int i = 0; i < kLanes; i++) lanes[i] = (i < 8 ? p : q)[i & 3];
-  r = load_i(lanes);
-#endif
   return r;
 }
+#else
+// p[0] .. p[3] in every quarter of a part's lanes.
+OSCAR_INLINE NativeI native_quarter(const int32_t* p) {
+#if defined(__AVX2__)
+  return (NativeI)_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  NativeI r;
+  memcpy(&r, p, sizeof r);
+  return r;
+#endif
+}
+#endif
 // Quarters of a and b in turn: 16 words at p and 16 at p + next.
 OSCAR_INLINE void store_quarters(int32_t* p, int64_t next, I a, I b) {
 #if defined(__AVX512F__)
@@ -433,6 +469,13 @@ OSCAR_INLINE void store_quarters(int32_t* p, int64_t next, I a, I b) {
   const __m512i x = (__m512i)a.v[0], y = (__m512i)b.v[0];
   _mm512_storeu_si512(p, _mm512_permutex2var_epi64(x, index, y));
   _mm512_storeu_si512(p + next, _mm512_permutex2var_epi64(x, _mm512_add_epi64(index, _mm512_set1_epi64(4)), y));
+#elif defined(__AVX2__)
+  OSCAR_EACH {
+    const __m256i x = (__m256i)a.v[k], y = (__m256i)b.v[k];
+    __m256i* out = reinterpret_cast<__m256i*>(p + k * next);
+    _mm256_storeu_si256(out, _mm256_permute2x128_si256(x, y, 0x20));
+    _mm256_storeu_si256(out + 1, _mm256_permute2x128_si256(x, y, 0x31));
+  }
 #else
   int32_t lanes[2][kLanes];
   store(lanes[0], a);
@@ -526,6 +569,11 @@ OSCAR_INLINE F fp16_half(I a) {
   F r;
   r.v[0] = (NativeF)_mm512_cvtph_ps(_mm512_extracti64x4_epi64((__m512i)a.v[0], HIGH));
   return r;
+#elif defined(__F16C__)
+  F r;
+  r.v[0] = (NativeF)_mm256_cvtph_ps(_mm256_castsi256_si128((__m256i)a.v[HIGH]));
+  r.v[1] = (NativeF)_mm256_cvtph_ps(_mm256_extracti128_si256((__m256i)a.v[HIGH], 1));
+  return r;
 #else
   uint16_t raw[32];
   store(raw, a);
@@ -557,6 +605,10 @@ OSCAR_INLINE I load_quads_8(const uint8_t* p) {
                                          15, 13, 14, 12, 11, 9, 10, 8, 7, 5, 6, 4, 3, 1, 2, 0);
   I x;
   x.v[0] = (NativeI)_mm512_permutexvar_epi16(index, _mm512_loadu_si512(p));
+  return x;
+#elif defined(__AVX2__)
+  I x = load_i(p);
+  OSCAR_EACH x.v[k] = (NativeI)_mm256_shufflehi_epi16(_mm256_shufflelo_epi16((__m256i)x.v[k], 0xd8), 0xd8);
   return x;
 #else
   uint8_t lanes[64];
@@ -646,9 +698,22 @@ inline float from_fp16(uint16_t h) {
 }
 
 // ---- across lanes ----------------------------------------------------------------------------
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Sums, or largest, of lanes four apart.
+template <bool LARGEST>
+OSCAR_INLINE __m128 quarter(F a) {
+  const __m256 low = (__m256)a.v[0], high = (__m256)a.v[1];
+  const __m256 x = LARGEST ? _mm256_max_ps(low, high) : _mm256_add_ps(low, high);
+  const __m128 y = _mm256_castps256_ps128(x), z = _mm256_extractf128_ps(x, 1);
+  return LARGEST ? _mm_max_ps(y, z) : _mm_add_ps(y, z);
+}
+#endif
 OSCAR_INLINE float sum(F a) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)a.v[0]);
+#elif defined(__AVX2__)
+  const __m128 x = quarter<false>(a), y = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(y, _mm_shuffle_ps(y, y, 1)));
 #else
   float lanes[kLanes];
   store(lanes, a);
@@ -660,6 +725,9 @@ OSCAR_INLINE float sum(F a) {
 OSCAR_INLINE float largest(F a) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)a.v[0]);
+#elif defined(__AVX2__)
+  const __m128 x = quarter<true>(a), y = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(y, _mm_shuffle_ps(y, y, 1)));
 #else
   float lanes[kLanes];
   store(lanes, a);
@@ -683,6 +751,12 @@ OSCAR_INLINE void reduce4(F a, F b, F c, F d, float* out) {
   all = join(all, _mm512_shuffle_i64x2(all, all, 0x4e));
   all = join(all, _mm512_shuffle_i64x2(all, all, 0xb1));
   _mm_storeu_ps(out, (__m128)_mm512_castsi512_si128(all));
+#elif defined(__AVX2__)
+  const auto join = [](__m128 x, __m128 y) { return LARGEST ? _mm_max_ps(x, y) : _mm_add_ps(x, y); };
+  const __m128 qa = quarter<LARGEST>(a), qb = quarter<LARGEST>(b), qc = quarter<LARGEST>(c), qd = quarter<LARGEST>(d);
+  const __m128 ab = join(_mm_movelh_ps(qa, qb), _mm_movehl_ps(qb, qa));
+  const __m128 cd = join(_mm_movelh_ps(qc, qd), _mm_movehl_ps(qd, qc));
+  _mm_storeu_ps(out, join(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xdd)));
 #else
   out[0] = LARGEST ? largest(a) : sum(a);
   out[1] = LARGEST ? largest(b) : sum(b);
@@ -698,6 +772,26 @@ OSCAR_INLINE void reduce(const F* v, int count, float* out) {
                      out + i);
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// The same of eight rows of eight lanes.
+OSCAR_INLINE void transpose8(__m256i r[8]) {
+  __m256i a[8], b[8];
+  _Pragma("GCC unroll 8") for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+    a[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  _Pragma("GCC unroll 8") for (int i = 0; i < 8; i += 4) {
+    b[i] = _mm256_unpacklo_epi64(a[i], a[i + 2]);
+    b[i + 1] = _mm256_unpackhi_epi64(a[i], a[i + 2]);
+    b[i + 2] = _mm256_unpacklo_epi64(a[i + 1], a[i + 3]);
+    b[i + 3] = _mm256_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+  _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
+    r[i] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x20);
+    r[i + 4] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x31);
+  }
+}
+#endif
 // rows[i][j] becomes rows[j][i].
 OSCAR_INLINE void transpose16(I rows[16]) {
 #if defined(__AVX512F__)
@@ -724,6 +818,14 @@ OSCAR_INLINE void transpose16(I rows[16]) {
     rows[i + 4].v[0] = (NativeI)_mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0x88);
     rows[i + 12].v[0] = (NativeI)_mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0xdd);
   }
+#elif defined(__AVX2__)
+  __m256i corners[2][2][8];  // [half of the rows][half of the lanes]
+  for (int i = 0; i < 16; i++)
+    for (int k = 0; k < 2; k++) corners[i / 8][k][i % 8] = (__m256i)rows[i].v[k];
+  for (int half = 0; half < 2; half++)
+    for (int k = 0; k < 2; k++) transpose8(corners[half][k]);
+  for (int i = 0; i < 16; i++)
+    for (int k = 0; k < 2; k++) rows[i].v[k] = (NativeI)corners[k][i / 8][i % 8];
 #else
   int32_t from[16][16], to[16][16];
   for (int i = 0; i < 16; i++) store(from[i], rows[i]);
