@@ -99,7 +99,7 @@ def emulated(library, monkeypatch):
         _call=call,
         _stream=lambda device: None,
         attention=plain.attention,
-        reserve=lambda fmt, limits, long_queries: None,
+        reserve=lambda fmt, limits, long_queries=True: None,
     )
     monkeypatch.setattr(dense_prefill, "cuda", cuda)
     monkeypatch.setattr(dense_prefill, "_flash_attention", lambda head_dim: flash)
@@ -405,6 +405,13 @@ def test_sliding_windows(emulated, monkeypatch, sliding_window, capacity):
     sources = {(r, i) for one in emulated.gathered for r, i in one.tolist() if r >= 0}
     assert all(i >= firsts[r] for r, i in sources)
     assert all((r, firsts[r]) in sources for r in (1, 4, 5))
+
+
+@needs_compiler
+@pytest.mark.parametrize("head_dim, sliding_window, served", [(256, 300, False), (256, None, True), (192, 300, True)])
+def test_large_heads_with_a_sliding_window_are_left_to_the_cuda_kernels(emulated, head_dim, sliding_window, served):
+    case = make_case(PageFormat.preset("oscar", head_dim), [(300, 40)], sliding_window=sliding_window, device="cpu")
+    assert (planned(case).step.prefill is not None) == served
 
 
 @needs_compiler
