@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models with state-space layers beside attention: blocks of several pages, hits inside a block.
 
-vLLM on CPU serves Qwen3-Next in bf16 alone, whose logits are steps of 1/64 to 1/32 apart. Its
-kernels give the same bits for a prompt in one piece and in pieces of whole pages, but not for a
-piece of one token, so no prompt here ends one token behind a page.
+vLLM on CPU serves Qwen3-Next in bf16 alone, in which logits from 4 to 8 are steps of 1/32 apart. Its
+kernels give the same bits for a prompt in one piece and in pieces of whole pages, but not, with ``auto``
+either, for a last piece of one or four tokens, so no prompt here ends so. Nor do they for tokens that were
+decoded: given as a prompt, ``auto`` itself differs by up to 0.27 from what it said of them. A table of
+pages with neighbours exchanged shows as 0.9, a ring that begins one position early in other tokens.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ import pytest
 from hybrid_models import lfm2, qwen3_next
 
 LOSSLESS = {"VLLM_OSCAR_CODEC": "lossless"}
-ROUNDING = 0.05  # attention rounds otherwise: one or two steps of a logit
-RECOMPUTED = 0.12  # after preemption: tokens that were decoded are prefilled, by another kernel of vLLM
+ROUNDING = 0.1  # three steps of a logit, since attention rounds otherwise
+RECOMPUTED = 0.35  # after preemption: tokens that were decoded are prefilled
 
 
 def assert_close(expected: list[dict], found: list[dict], tolerance: float) -> None:
@@ -45,7 +47,7 @@ def prompts(text) -> dict[str, list[list[int]]]:
         return base[:length] + text(41, at=7000 + length)[1:]
 
     return {
-        "edges": [text(n, at=17 * n) for n in (1, 2, 127, 128, 130, 255, 256, 383, 384, 386, 511, 640, 900)],
+        "edges": [text(n, at=17 * n) for n in (1, 2, 127, 128, 130, 255, 256, 383, 384, 386, 511, 640, 950)],
         "shared": [branch(n) for n in (128, 130, 260, 300, 384, 500, 768, 1000)],
         "growing": [text(370 - 3 * i, at=900 * i) for i in range(4)],
     }
