@@ -105,7 +105,7 @@ def same_drafts(expected: Rounds, found: Rounds) -> None:
 )
 def test_lossless_with_hits_and_chunks(engine_host, prompts, plain, auto, folder, kind):
     expected = auto(kind)
-    assert expected.rate > {"same": 0.95, "noisy": 0.7, "eagle": 0.3}.get(kind, 0)
+    assert expected.rate >= {"same": 0.95, "noisy": 0.7, "eagle": 0.3}.get(kind, 0)
     options = drafters.options(kind, folder, TOKENS)
     found = Rounds(engine_host, prompts, "oscar", LOSSLESS, enable_prefix_caching=True, **BATCH, **options)
     assert_same(plain + plain, found.found)
@@ -120,7 +120,8 @@ def test_lossless_alone_and_compiled(engine_host, prompts, plain, auto, folder, 
         engine_host, prompts, "oscar", LOSSLESS, enable_prefix_caching=False, enforce_eager=False, **options
     )
     assert_same(plain + plain, found.found)
-    assert found.drafts == auto(kind).drafts
+    # Compiled code rounds otherwise, so a draft between nearly equal tokens may be another than in eager mode.
+    assert found.rate == pytest.approx(auto(kind).rate, rel=0.02, abs=0.002)
 
 
 @pytest.mark.slow
@@ -156,6 +157,28 @@ def test_eagle_beside_sliding_windows(engine_host, tmp_path_factory, prompts, mo
     found = Rounds(engine_host, prompts, "oscar", LOSSLESS, **BATCH, **options)
     assert_same(expected.found, found.found)
     same_drafts(expected, found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["noisy", "eagle"])
+def test_prefixes_from_host_memory(engine_host, prompts, plain, auto, folder, kind):
+    """A drafter's pages are in the target's blocks, and come back with them.
+
+    vLLM loads the block that it would drop of a hit on the device, whose last token EAGLE may have seen with another
+    one behind it: some drafts differ, as they would with ``auto``.
+    """
+    engine_host.call("offload_on_cpu", "install")
+    options = drafters.options(kind, folder, TOKENS)
+    engine_host.start("oscar", env=LOSSLESS, kv_offloading_size=0.5, enable_prefix_caching=True, **BATCH, **options)
+    found = []
+    for _ in range(2):
+        engine_host.poison(NAN)
+        found += engine_host.run(prompts, max_tokens=OUTPUT)
+    assert_same(plain + plain, found)
+    counters = engine_host.state()["counters"]
+    rate = counters["vllm:spec_decode_num_accepted_tokens"] / counters["vllm:spec_decode_num_draft_tokens"]
+    assert rate == pytest.approx(auto(kind).rate, rel=0.05)
+    assert counters["vllm:external_prefix_cache_hits"] > 800
 
 
 @pytest.mark.slow
