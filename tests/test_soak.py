@@ -42,13 +42,13 @@ def test_what_went_wrong_or_was_not_tried_is_named(soak):
         ("aborted", "resets", "num_preemptions", "prefix_cache_hits", "external_prefix_cache_hits"), 1
     )
     fine = {"wrong": 0, "unfinished": 0, "leaked_blocks": 0, "leaked_requests": 0, "resident_mib": [900, 910]}
-    fine |= tried | {"drafts": False, "offload": True}
+    fine |= tried | {"drafts": False, "offload": True, "auto_growth_mib": 8}
     assert soak.problems(fine) == []
     for name in ("wrong", "unfinished", "leaked_blocks", "leaked_requests"):
         assert soak.problems(fine | {name: 2}) == [f"2 {name}"]
     for name in tried:
         assert soak.problems(fine | {name: 0}) == [f"no {name}"]
-    assert soak.problems(fine | {"resident_mib": [900, 950]}) == ["50 MiB more resident memory"]
+    assert soak.problems(fine | {"resident_mib": [900, 950]}) == ["resident memory grew by 50 MiB, with auto by 8"]
     assert soak.problems(fine | {"drafts": True, "spec_decode_num_accepted_tokens": 0})
 
 
