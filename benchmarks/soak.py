@@ -179,10 +179,11 @@ def soak(spec: dict) -> dict:
                     count["unfinished"] += len(found) != tokens
                 if done % max(spec["requests"] // 30, 1) == 0:
                     memory.append(resident_mib())
-        # vLLM cannot reset while a request waits for a prefix from the host.
+        # vLLM cannot reset while a request waits for a prefix from the host, nor load one in the step after for a
+        # request that the reset preempted: so the host forgets, too.
         loading = any(request.status.name == "WAITING_FOR_REMOTE_KVS" for request in scheduler.requests.values())
         if source.random() < 0.02 and not loading:
-            engine.reset_prefix_cache(reset_running_requests=True)
+            engine.reset_prefix_cache(reset_running_requests=True, reset_connector=spec["offload"])
             count["resets"] += 1
     seconds = time.perf_counter() - start
     for _ in range(3):  # copies to the host may hold blocks a little longer
