@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from vllm_engine import MODEL
-from window_models import COMMON, FULL, SLIDING, _save
+from window_models import COMMON, FULL, SLIDING, save
 
 
 def mixture_of_experts(folder: str) -> None:
@@ -17,7 +17,7 @@ def mixture_of_experts(folder: str) -> None:
     torch.manual_seed(4)
     shape = {"head_dim": 64, "num_hidden_layers": 3, "num_experts": 4, "num_experts_per_tok": 2}
     shape |= {"moe_intermediate_size": 64, "decoder_sparse_step": 1, "mlp_only_layers": []}
-    _save(Path(folder), Qwen3MoeForCausalLM(Qwen3MoeConfig(**COMMON | shape)))
+    save(Path(folder), Qwen3MoeForCausalLM(Qwen3MoeConfig(**COMMON | shape)))
 
 
 def ignored_windows(folder: str) -> None:
@@ -29,7 +29,7 @@ def ignored_windows(folder: str) -> None:
     layers = [FULL, SLIDING, FULL, SLIDING]
     shape = {"head_dim": 64, "num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 100}
     shape["max_window_layers"] = 4  # from which layer on, as vLLM reads it
-    _save(Path(folder), Qwen3ForCausalLM(Qwen3Config(**COMMON | shape, layer_types=layers)))
+    save(Path(folder), Qwen3ForCausalLM(Qwen3Config(**COMMON | shape, layer_types=layers)))
 
 
 def adapter(folder: str) -> None:
