@@ -37,6 +37,7 @@ def build(folder: Path) -> Path:
     return folder / "oscar_cpu.so"
 
 
+@pytest.mark.slow
 def test_attention_through_amx_matches_the_reference(tmp_path):
     environment = os.environ | {"OSCAR_CPU_LIBRARY": str(build(tmp_path)), "PYTHONPATH": str(ROOT)}
     check = "from vllm_oscar.ops import cpu; assert cpu.isas()[-1] == 'amx', cpu.isas()"

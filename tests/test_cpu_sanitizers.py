@@ -88,6 +88,7 @@ def build(folder: Path) -> Path:
     return folder / "oscar_cpu.so"
 
 
+@pytest.mark.slow
 def test_sanitizers_find_nothing(tmp_path):
     library = build(tmp_path)
     runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()

@@ -277,7 +277,7 @@ def test_long_histories_are_planned_as_counted_by_hand(emulated, monkeypatch, ca
     step = random_step(requests, 704, seed=capacity)
     starts, lens = step.query_start_loc.tolist(), step.seq_lens.tolist()
     limits = Limits(9, 10_000, 1, 1, 1, torch.float16, torch.device("cpu"), sliding_window)
-    plan = dense_prefill.plan(step, None, limits, starts, lens, 1).prefill
+    plan = dense_prefill.plan(step, PageFormat.preset("oscar", 64), limits, starts, lens, 1).prefill
     firsts = [max(0, context + 1 - (sliding_window or lens[0])) // PAGE_TOKENS for context, _ in requests]
     whole = [int(start) // PAGE_TOKENS for start in step.ring_start]
     names = {  # of a page that may be shared its block, of others themselves

@@ -55,8 +55,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def output(folder) -> dict[str, Future[str]]:
-    """What the commands print, or why they fail, by name."""
+def output(request, folder) -> dict[str, Future[str]]:
+    """What the commands of the selected tests print, or why they fail, by test."""
     (folder / "script.py").write_text(SCRIPT)
     # `vllm bench latency` draws token ids below 10,000 whatever the vocabulary: hence random weights for that many.
     random_model = folder / "random_model"
@@ -65,25 +65,26 @@ def output(folder) -> dict[str, Future[str]]:
     (random_model / "config.json").write_text(json.dumps(config))
     oscar = ["--kv-cache-dtype", "oscar", *SMALL]
     commands = {
-        "generate": [sys.executable, str(folder / "script.py")],
-        "throughput": [
+        "test_generate_and_chat": [sys.executable, str(folder / "script.py")],
+        "test_bench_throughput": [
             VLLM, "bench", "throughput", "--model", str(MODEL), *oscar, "--dataset-name", "random",
             "--random-input-len", "200", "--random-output-len", "16", "--num-prompts", "8",
             "--output-json", str(folder / "throughput.json"),
         ],
-        "latency": [
+        "test_bench_latency": [
             VLLM, "bench", "latency", "--model", str(random_model), "--load-format", "dummy", "--skip-tokenizer-init",
             *oscar, "--input-len", "200", "--output-len", "16", "--batch-size", "4", "--num-iters-warmup", "1",
             "--num-iters", "2", "--output-json", str(folder / "latency.json"),
         ],
-        "ray": [sys.executable, str(REPO / "examples" / "ray_batch.py")],
+        "test_ray_data": [sys.executable, str(REPO / "examples" / "ray_batch.py")],
     }  # fmt: skip
+    selected = {item.name for item in request.session.items}
     with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(run, *command, cwd=folder) for name, command in commands.items()}
+        yield {name: pool.submit(run, *command, cwd=folder) for name, command in commands.items() if name in selected}
 
 
 def test_generate_and_chat(output):
-    lines = output["generate"].result().splitlines()
+    lines = output["test_generate_and_chat"].result().splitlines()
     for label in ("GENERATE", "CHAT"):
         found = [line for line in lines if line.startswith(label)]
         assert len(found) == 2
@@ -91,20 +92,23 @@ def test_generate_and_chat(output):
 
 
 def test_bench_throughput(output, folder):
-    output["throughput"].result()
+    output["test_bench_throughput"].result()
     found = json.loads((folder / "throughput.json").read_text())
     assert found["num_requests"] == 8
     assert found["total_num_tokens"] >= 8 * 200
 
 
+@pytest.mark.slow
 def test_bench_latency(output, folder):
-    output["latency"].result()
+    output["test_bench_latency"].result()
     found = json.loads((folder / "latency.json").read_text())
     assert len(found["latencies"]) == 2 and min(found["latencies"]) > 0
 
 
+@pytest.mark.slow
 def test_ray_data(output):
-    answers = sorted(line for line in output["ray"].result().splitlines() if line[:1].isdigit() and " -> " in line)
+    lines = output["test_ray_data"].result().splitlines()
+    answers = sorted(line for line in lines if line[:1].isdigit() and " -> " in line)
     assert [line.split(" ")[0] for line in answers] == list("012345")
     assert answers[0].startswith("0 " + repr("import os\n"))
     assert all(len(line.split(" -> ")[1]) > 10 for line in answers)

@@ -20,7 +20,7 @@ def auto(engine_host, prompts) -> list[dict]:
     return engine_host.run(prompts, max_tokens=6)
 
 
-@pytest.mark.parametrize("backend", ["mp", "ray"])
+@pytest.mark.parametrize("backend", ["mp", pytest.param("ray", marks=pytest.mark.slow)])
 def test_two_ranks(prompts, auto, backend):
     with EngineHost(VLLM_CPU_OMP_THREADS_BIND="0|1", OMP_NUM_THREADS="1") as host:
         host.start(

@@ -195,6 +195,23 @@ ALWAYS = (
         ("self", "new_computed_blocks", "num_local_computed_tokens"),
     ),
     Symbol("v1.core.single_type_kv_cache_manager", "SingleTypeKVCacheManager.new_step_starts", ("self",)),
+    # Before those of its base class, which is what a method missing there would be called otherwise.
+    *(
+        Symbol("v1.core.single_type_kv_cache_manager", f"CircularBufferManager.{method}", ("self", *parameters))
+        for method, *parameters in (
+            ("_claim_ring_block", "request_id"),
+            ("get_num_blocks_to_allocate", "request_id", "num_tokens"),
+            ("allocate_new_blocks", "request_id"),
+            ("cache_blocks", "request", "num_tokens"),
+            (
+                "add_local_computed_blocks",
+                "request_id",
+                "new_computed_blocks",
+                "num_local_computed_tokens",
+                "num_external_computed_tokens",
+            ),
+        )
+    ),
     Symbol("v1.core.single_type_kv_cache_manager", "FullAttentionManager"),
     Symbol(
         "v1.core.single_type_kv_cache_manager", "FullAttentionManager.cache_blocks", ("self", "request", "num_tokens")
@@ -213,22 +230,6 @@ ALWAYS = (
     ),
     Symbol(
         "v1.core.single_type_kv_cache_manager", "SingleTypeKVCacheManager.pop_blocks_for_free", ("self", "request_id")
-    ),
-    *(
-        Symbol("v1.core.single_type_kv_cache_manager", f"CircularBufferManager.{method}", ("self", *parameters))
-        for method, *parameters in (
-            ("_claim_ring_block", "request_id"),
-            ("get_num_blocks_to_allocate", "request_id", "num_tokens"),
-            ("allocate_new_blocks", "request_id"),
-            ("cache_blocks", "request", "num_tokens"),
-            (
-                "add_local_computed_blocks",
-                "request_id",
-                "new_computed_blocks",
-                "num_local_computed_tokens",
-                "num_external_computed_tokens",
-            ),
-        )
     ),
     # metadata.py, backend.py, impl.py
     *(

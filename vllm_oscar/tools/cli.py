@@ -68,14 +68,13 @@ def plan(
     )
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("dtype", no_wrap=True)
-    for header in ("bits", "block", "blocks", "tail", "tokens", "requests", "vs auto", "loss"):
+    for header in ("bits", "block", "tail", "tokens", "requests", "vs auto", "loss"):
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.name,
             f"{row.bits:.2f}",
             f"{row.block_tokens:,}",
-            f"{row.blocks:,}",
             str(row.tail_blocks) if row.tail_blocks else "-",
             f"{row.tokens:,}",
             f"{row.requests:,.1f}",
@@ -96,7 +95,7 @@ def plan(
 
 def _loss(dtype: str) -> str:
     low, high = MEASURED_LOSS.get(dtype, (None, None))
-    return "-" if low is None else f"{low:.2f}-{high:.2f}x" if low < high else f"{low:.2g}x"
+    return "-" if low is None else f"{low:.2f}-{high:.2f}" if low < high else f"{low:.2g}"
 
 
 @app.command()
