@@ -152,7 +152,7 @@ def sources() -> list:
     slow, cases = pytest.mark.slow, []
     for arch in ARCHS:
         for name in ("attention_64.cu", "attention_128.cu", "attention_256.cu", "store.cu"):
-            everyday = (arch, name) in (("90a", "attention_128.cu"), ("80", "attention_128.cu"), ("120", "store.cu"))
+            everyday = (arch, name) in (("90a", "attention_128.cu"), ("120", "store.cu"))
             cases.append(pytest.param(name, arch, marks=() if everyday else slow))
     return cases
 

@@ -131,6 +131,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_a_text_scored_in_one_chunk_is_refused_and_in_small_chunks_shows_its_loss():
     command = [sys.executable, "-c", _SCORE, str(MODEL)]
     run = subprocess.run(

@@ -12,7 +12,12 @@ from test_vllm_lossless import difference
 BAD_TOKEN = 8000
 
 
-CASES = [(preset, kind) for kind in kernels() for preset in ("oscar", "oscar_paper")]
+CASES = [
+    # The kernels that serve decide; the reference is slow.
+    pytest.param(preset, kind, marks=pytest.mark.slow if kind == "reference" else ())
+    for kind in kernels()
+    for preset in ("oscar", "oscar_paper")
+]
 
 
 @pytest.mark.parametrize("preset, kind", CASES)
