@@ -89,15 +89,19 @@ def apply() -> None:
 
 
 def _wrap_once(owner: type, name: str, wrapper) -> None:
-    """Replace ``owner.name`` by ``wrapper(original)``, unless that was done before."""
+    """Replace ``owner.name``, a method or property, by ``wrapper(original)``, unless that was done before."""
     original = owner.__dict__.get(name) or getattr(owner, name)
-    is_classmethod = isinstance(original, classmethod) or hasattr(original, "__self__")
-    function = original.__func__ if is_classmethod else original
+    if isinstance(original, property):
+        kind, function = property, original.fget
+    elif isinstance(original, classmethod) or hasattr(original, "__self__"):
+        kind, function = classmethod, original.__func__
+    else:
+        kind, function = None, original
     if getattr(function, "_oscar", False):
         return
     wrapped = functools.wraps(function)(wrapper(function))
     wrapped._oscar = True
-    setattr(owner, name, classmethod(wrapped) if is_classmethod else wrapped)
+    setattr(owner, name, kind(wrapped) if kind else wrapped)
 
 
 def refuse_dtypes(sentence: str) -> None:
@@ -405,16 +409,14 @@ def patch_zeroing() -> None:
 
     from vllm_oscar.engine.scheduler import OscarTailSpec
 
-    original = KVCacheConfig.needs_kv_cache_zeroing.fget
-    if getattr(original, "_oscar", False):
-        return
+    def wrapper(original):
+        def needs_kv_cache_zeroing(self) -> bool:
+            specs = (group.kv_cache_spec for group in self.kv_cache_groups)
+            return original(self) or any(isinstance(spec, OscarTailSpec) and spec.mixed for spec in specs)
 
-    def needs_kv_cache_zeroing(self) -> bool:
-        specs = (group.kv_cache_spec for group in self.kv_cache_groups)
-        return original(self) or any(isinstance(spec, OscarTailSpec) and spec.mixed for spec in specs)
+        return needs_kv_cache_zeroing
 
-    needs_kv_cache_zeroing._oscar = True
-    KVCacheConfig.needs_kv_cache_zeroing = property(needs_kv_cache_zeroing)
+    _wrap_once(KVCacheConfig, "needs_kv_cache_zeroing", wrapper)
 
 
 def patch_cpu_zeroing() -> None:
