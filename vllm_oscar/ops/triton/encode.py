@@ -63,27 +63,28 @@ def to_int8(x):
 
 
 @triton.jit
+def stored_param(x, FP16: tl.constexpr):
+    """Bits and float32 value of a stored scale or zero."""
+    if FP16:
+        bits = to_fp16(x)
+        value = bits.to(tl.float32)
+    else:
+        bits = to_e4m3(x)
+        value = e4m3_to_half(bits).to(tl.float32)
+    return bits, value
+
+
+@triton.jit
 def affine_params(low, high, levels, clip, F: tl.constexpr, FP16: tl.constexpr):
     """Bits and float32 values of scale and zero of the clipped range; ``clip`` may be a scalar."""
     middle = (low + high) * 0.5
     half = (high - low) * 0.5 * clip
-    scale = tl.div_rn(2 * half, levels)
     zero = middle - half
-    if FP16:
-        scale_bits = to_fp16(scale)
-        scale = scale_bits.to(tl.float32)
-    else:
-        scale_bits = to_e4m3(scale)
-        scale = e4m3_to_half(scale_bits).to(tl.float32)
+    scale_bits, scale = stored_param(tl.div_rn(2 * half, levels), FP16)
     if F.INTEGER_ZERO:
         # a minus sign would be a subtraction from 0, which has no -0
         zero = tl.where(scale > 0, round_even(divide(low * -1.0, scale)) * -1.0 * scale, low)
-    if FP16:
-        zero_bits = to_fp16(zero)
-        zero = zero_bits.to(tl.float32)
-    else:
-        zero_bits = to_e4m3(zero)
-        zero = e4m3_to_half(zero_bits).to(tl.float32)
+    zero_bits, zero = stored_param(zero, FP16)
     return scale_bits, zero_bits, scale, zero
 
 
