@@ -14,15 +14,11 @@ from rich.table import Table
 
 from vllm_oscar.core.config import MEASURED_LOSS
 from vllm_oscar.tools.bench.cli import app as bench
+from vllm_oscar.tools.failure import fail
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 app.add_typer(bench, name="bench")
 console = Console()
-
-
-def _fail(message: str) -> None:
-    console.print(f"[bold red]error:[/] {escape(message)}", highlight=False)
-    raise typer.Exit(1)
 
 
 @app.command()
@@ -57,7 +53,7 @@ def plan(
             skip_layers,
         )
     except ValueError as error:
-        _fail(str(error))
+        fail(str(error))
     base = rows[0]
     layers = f"{shape.layers} layers" + (f" ({len(shape.windows)} with a sliding window)" if shape.windows else "")
     layers += f" and {shape.states.layers} with a state" if shape.states else ""
@@ -180,10 +176,10 @@ def verify(
                 "[green]ok[/]" if result.passed else "[bold red]wrong[/]",
             )
     except (RuntimeError, ValueError) as error:
-        _fail(str(error))
+        fail(str(error))
     console.print(table)
     if failed:
-        _fail("a kernel disagrees with the reference; please report this with the output of `vllm-oscar doctor`")
+        fail("a kernel disagrees with the reference; please report this with the output of `vllm-oscar doctor`")
 
 
 if __name__ == "__main__":

@@ -19,15 +19,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vllm_oscar.tools.bench.shapes import SHAPES, write_model
 from vllm_oscar.tools.bench.workloads import WORKLOADS, Workload
+from vllm_oscar.tools.failure import fail
 from vllm_oscar.tools.plan import parse_bytes
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 console = Console()
-
-
-def _fail(message: str) -> None:
-    console.print(f"[bold red]error:[/] {escape(message)}", highlight=False)
-    raise typer.Exit(1)
 
 
 def _names(text: str) -> list[str]:
@@ -108,7 +104,7 @@ def run(
         sweep.check()
         sweep.write()
     except (ValueError, OSError) as error:
-        _fail(str(error))
+        fail(str(error))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is ended, too
     failures = _measure(sweep)
     record = records.write_record(sweep, shlex.join(["vllm-oscar", *sys.argv[1:]]))
@@ -118,7 +114,7 @@ def run(
     else:
         console.print("No report, for matplotlib is missing; with it: vllm-oscar bench report " + escape(str(record)))
     if failures:
-        _fail("; ".join(failures))
+        fail("; ".join(failures))
 
 
 def _show(sweep) -> None:
@@ -159,7 +155,7 @@ def _measure(sweep) -> list[str]:
             except RuntimeError as error:
                 failures.append(f"{dtype}: {error}")
             failures += [
-                f"{dtype}: {point['failed']} requests of {point['workload']}-c{point['concurrency']} failed, see "
+                f"{dtype}: {point['failed']} requests of {records.name_of(point)} failed, see "
                 f"{sweep.folder / dtype}.log; run the same command again to measure it again"
                 for point in records.failed(sweep, dtype)
             ]
@@ -182,7 +178,7 @@ def _sweep(sweep, dtype: str, advance, show) -> None:
     from vllm_oscar.tools.bench import records
     from vllm_oscar.tools.bench.sweep import run as run_command
 
-    sweep.forget(dtype, [f"{point['workload']}-c{point['concurrency']}" for point in records.failed(sweep, dtype)])
+    sweep.forget(dtype, [records.name_of(point) for point in records.failed(sweep, dtype)])
     for event, text in run_command(sweep.sweep_command(dtype), sweep.folder / f"{dtype}.log"):
         if event == "point":
             show(description=f"{dtype}: {text}", completed=0, total=None)
@@ -207,9 +203,9 @@ def report(
     """Write report.md and its plots beside a record."""
     path = record / "bench.json" if record.is_dir() else record
     if not path.is_file():
-        _fail(f"{path} does not exist; make it with vllm-oscar bench run")
+        fail(f"{path} does not exist; make it with vllm-oscar bench run")
     if not importlib.util.find_spec("matplotlib"):
-        _fail("plots need matplotlib; install it with pip install 'vllm-oscar[bench]'")
+        fail("plots need matplotlib; install it with pip install 'vllm-oscar[bench]'")
     _report(path)
 
 

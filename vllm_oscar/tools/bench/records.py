@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from vllm_oscar.tools.bench.sweep import WARM_UP, Sweep
+from vllm_oscar.tools.bench.workloads import point_name
 
 # Of a result of `vllm bench serve`, and what we call it. Times in milliseconds.
 _KEPT = {
@@ -42,6 +43,11 @@ def _counted(folder: Path) -> dict[Path, dict]:
     return result
 
 
+def name_of(point: dict) -> str:
+    """The point that a measurement is of, as the sweep calls it."""
+    return point_name(point["workload"], point["concurrency"])
+
+
 def collect(sweep: Sweep) -> list[dict]:
     """One dict per measurement that is complete, in the order of dtypes and workloads.
 
@@ -64,14 +70,14 @@ def collect(sweep: Sweep) -> list[dict]:
             queries, hits = counts.pop("prefix_queries"), counts.pop("prefix_hits")
             points.append(point | {"prefix_hit_percent": 100 * hits / queries if queries else 0.0} | counts)
     order = {name: index for index, name in enumerate(sweep.bench_params())}
-    measured = [point for point in points if f"{point['workload']}-c{point['concurrency']}" in order]
-    return sorted(measured, key=lambda p: order[f"{p['workload']}-c{p['concurrency']}"])
+    measured = [point for point in points if name_of(point) in order]
+    return sorted(measured, key=lambda point: order[name_of(point)])
 
 
 def missing(sweep: Sweep, dtype: str) -> list[str]:
     """The points of which not all measurements are there, or in which a request failed, by name."""
     complete = [p for p in collect(sweep) if p["dtype"] == dtype and not p["failed"]]
-    done = Counter(f"{p['workload']}-c{p['concurrency']}" for p in complete)
+    done = Counter(map(name_of, complete))
     return [name for name in sweep.bench_params() if name != WARM_UP and done[name] < sweep.runs]
 
 

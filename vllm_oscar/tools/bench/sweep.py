@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from vllm_oscar.tools.bench.workloads import Workload
+from vllm_oscar.tools.bench.workloads import Workload, point_name
 from vllm_oscar.tools.plan import ModelShape, plan
 
 SPARE = 128
@@ -126,7 +126,7 @@ class Sweep:
         warm_up = {"dataset_name": "random", "random_input_len": short, "random_output_len": 8, "num_prompts": 4,
                    "max_concurrency": 2}  # fmt: skip
         return {WARM_UP: warm_up} | {
-            f"{workload.name}-c{users}": workload.arguments(users, self.settings.rounds, self.folder)
+            point_name(workload.name, users): workload.arguments(users, self.settings.rounds, self.folder)
             for workload, concurrency in self.points
             for users in concurrency
         }

@@ -12,6 +12,11 @@ TURNS = 6
 TRACE_CHUNK = 16  # tokens for which one hash of a trace stands
 
 
+def point_name(workload: str, concurrency: int) -> str:
+    """What a workload at so many requests in flight is called, in files and logs."""
+    return f"{workload}-c{concurrency}"
+
+
 @dataclass(frozen=True)
 class Workload:
     """Requests of one kind. Lengths in tokens.
@@ -73,7 +78,7 @@ class Workload:
         } | common
 
     def trace_path(self, concurrency: int, folder: Path) -> Path:
-        return folder / f"{self.name}-c{concurrency}.jsonl"
+        return folder / f"{point_name(self.name, concurrency)}.jsonl"
 
     def write_trace(self, concurrency: int, folder: Path) -> None:
         """Write the conversations as a trace, if this workload has any.
