@@ -39,25 +39,14 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-QWEN3_8B = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "max_position_embeddings": 262144,
-    "rope_theta": 1000000.0,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "hidden_act": "silu",
-    "torch_dtype": "bfloat16",
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
+from vllm_oscar.tools.bench.scrape import commit  # noqa: E402
+from vllm_oscar.tools.bench.shapes import SHAPES  # noqa: E402
+
+QWEN3_8B = SHAPES["qwen3-8b"]
+Model = Annotated[Path, typer.Option()]
+Timeout = Annotated[float, typer.Option(help="Seconds per engine.")]
+Jobs = Annotated[int, typer.Option(help="Engines that run at a time.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Where the record goes.")]
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 console = Console(width=120)
 
@@ -291,14 +280,11 @@ def stamp() -> dict:
     import torch
     import vllm
 
-    commit = os.environ.get("OSCAR_COMMIT") or subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     return {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "vllm": vllm.__version__,
-        "commit": commit,
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "command": " ".join(["python", *sys.argv]),
     }
@@ -311,12 +297,12 @@ def write_json(path: Path, content) -> None:
 
 @app.command()
 def check(
-    model: Annotated[Path, typer.Option()] = ROOT / "examples" / "demo_model",
-    timeout: Annotated[float, typer.Option(help="Seconds per engine.")] = 150,
-    jobs: Annotated[int, typer.Option(help="Engines that run at a time.")] = 1,
+    model: Model = ROOT / "examples" / "demo_model",
+    timeout: Timeout = 150,
+    jobs: Jobs = 1,
     ranks: Annotated[int, typer.Option(help="Tensor-parallel ranks of two further runs.")] = 1,
     kernels: Annotated[str, typer.Option(help="VLLM_OSCAR_KERNELS of the INT2 runs; empty: the best.")] = "",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where the record goes.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Correctness through vLLM on this GPU; fails if a run fails or a fact does not come back."""
     common = dict(model=str(model), max_model_len=4096, kv_cache_memory_bytes=1 << 30, max_num_seqs=16,
@@ -365,12 +351,12 @@ def check(
 
 @app.command()
 def offload(
-    model: Annotated[Path, typer.Option()] = ROOT / "examples" / "demo_model",
+    model: Model = ROOT / "examples" / "demo_model",
     host: Annotated[float, typer.Option(help="GiB of host memory that each engine may take.")] = 1,
     limit: Annotated[float, typer.Option(help="Largest logprob difference that passes, in bf16.")] = 0.1,
-    timeout: Annotated[float, typer.Option(help="Seconds per engine.")] = 150,
-    jobs: Annotated[int, typer.Option(help="Engines that run at a time.")] = 1,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where the record goes.")] = None,
+    timeout: Timeout = 150,
+    jobs: Jobs = 1,
+    json_file: JsonFile = None,
 ) -> None:
     """Prefixes that come back from host memory: as ``auto`` with the lossless codec, else as those that stayed."""
     common = dict(model=str(model), max_model_len=4096, kv_cache_memory_bytes=1 << 30, max_num_seqs=16,
@@ -438,9 +424,9 @@ def drafts(
     kinds: Annotated[str, typer.Option(help="Drafters: same (the target), noisy, eagle, eagle3, mtp.")] = "same,eagle",
     modes: Annotated[str, typer.Option(help="Model runners and CUDA graphs.")] = ",".join(DRAFT_MODES),
     tokens: Annotated[int, typer.Option(help="Drafted at a time.")] = 4,
-    timeout: Annotated[float, typer.Option(help="Seconds per engine.")] = 150,
-    jobs: Annotated[int, typer.Option(help="Engines that run at a time.")] = 1,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where the record goes.")] = None,
+    timeout: Timeout = 150,
+    jobs: Jobs = 1,
+    json_file: JsonFile = None,
 ) -> None:
     """Drafters in OScaR pages: fails if a run fails or accepts less than 95 % of what auto does, 98 % if lossless."""
     from benchmarks import drafters
@@ -497,8 +483,8 @@ def speed(
     memory: Annotated[float, typer.Option(help="GiB of KV cache, the same for every dtype.")] = 24,
     layers: Annotated[int, typer.Option(help="Layers of the model; fewer start faster.")] = 36,
     dtypes: Annotated[str, typer.Option()] = "auto,oscar,fp8",
-    json_file: Annotated[Path | None, typer.Option("--json")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds per engine.")] = 240,
+    json_file: JsonFile = None,
+    timeout: Timeout = 240,
     one_process: Annotated[bool, typer.Option(help="All engines in this process: faster, less separate.")] = False,
 ) -> None:
     """Prefill, decode step and throughput at equal KV memory, beside auto and fp8."""
@@ -537,7 +523,7 @@ def prefix(
     requests: Annotated[int, typer.Option()] = 64,
     layers: Annotated[int, typer.Option(help="Layers of the model.")] = 36,
     dtypes: Annotated[str, typer.Option()] = "auto,oscar",
-    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """The step of many requests that share a cached prefix, eager, beside auto; median of five."""
     table = Table("dtype", "step s", "ratio to the first")

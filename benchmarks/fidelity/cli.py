@@ -49,6 +49,9 @@ Models = Annotated[
     list[str], typer.Option("--model", help="Folder of a causal LM (Llama, Qwen3, Mistral layouts). May be repeated.")
 ]
 Out = Annotated[Path, typer.Option(help="Results folder; what it already holds is not measured again.")]
+Added = Annotated[Path, typer.Option(help="Results folder; records are added to it.")]
+Dtypes = Annotated[str, typer.Option(help="KV-cache dtypes, comma-separated. 'auto' is always measured.")]
+ALL_PRESETS = ",".join(methods.PRESETS)
 Texts = Annotated[
     list[Path] | None,
     typer.Option(
@@ -247,10 +250,8 @@ _JOBS = {
 @app.command()
 def vllm(
     model: Models,
-    out: Annotated[Path, typer.Option(help="Results folder; records are added to it.")] = Path("fidelity"),
-    dtype: Annotated[str, typer.Option(help="KV-cache dtypes, comma-separated. 'auto' is always measured.")] = ",".join(
-        methods.PRESETS
-    ),
+    out: Added = Path("fidelity"),
+    dtype: Dtypes = ALL_PRESETS,
     documents: Annotated[int, typer.Option(help="Documents of text.")] = 4,
     length: Annotated[int, typer.Option(help="Their tokens, and those of recall documents.")] = 1536,
     seeds: Annotated[int, typer.Option(help="Recall documents per task.")] = 4,
@@ -278,10 +279,8 @@ def vllm(
 @app.command()
 def generate(
     model: Models,
-    out: Annotated[Path, typer.Option(help="Results folder; records are added to it.")] = Path("fidelity"),
-    dtype: Annotated[str, typer.Option(help="KV-cache dtypes, comma-separated. 'auto' is always measured.")] = ",".join(
-        methods.PRESETS
-    ),
+    out: Added = Path("fidelity"),
+    dtype: Dtypes = ALL_PRESETS,
     texts: Annotated[int, typer.Option(help="Greedy continuations.")] = 8,
     prompt: Annotated[int, typer.Option(help="Tokens of text before each.")] = 1024,
     generated: Annotated[int, typer.Option(help="Tokens of each.")] = 256,

@@ -35,46 +35,30 @@ Chunk = Annotated[
 ALL = ",".join(("auto", *PRESETS))
 
 
-@app.command()
-def gsm8k(
-    model: Model,
-    data: Data = None,
-    kv: Dtypes = ALL,
-    limit: Limit = None,
-    arg: Args = None,
-    chunk: Chunk = None,
-    out: Out = Path("harness"),
-):
-    """Grade-school arithmetic: what low-bit caches break first."""
-    compare("gsm8k", model, kv, out, arg, chunk, limit, data=data)
+# The suites that need nothing but their data, and what they are.
+PUBLISHED = {
+    "gsm8k": "Grade-school arithmetic: what low-bit caches break first.",
+    "longbench_e": "LongBench-E, all its tasks of which data is there.",
+    "ruler": "RULER.",
+}
 
 
-@app.command("longbench-e")
-def longbench_e(
-    model: Model,
-    data: Data = None,
-    kv: Dtypes = ALL,
-    limit: Limit = None,
-    arg: Args = None,
-    chunk: Chunk = None,
-    out: Out = Path("harness"),
-):
-    """LongBench-E, all its tasks of which data is there."""
-    compare("longbench_e", model, kv, out, arg, chunk, limit, data=data)
+def _add_command(suite: str, about: str) -> None:
+    @app.command(suite.replace("_", "-"), help=about)
+    def command(
+        model: Model,
+        data: Data = None,
+        kv: Dtypes = ALL,
+        limit: Limit = None,
+        arg: Args = None,
+        chunk: Chunk = None,
+        out: Out = Path("harness"),
+    ):
+        compare(suite, model, kv, out, arg, chunk, limit, data=data)
 
 
-@app.command()
-def ruler(
-    model: Model,
-    data: Data = None,
-    kv: Dtypes = ALL,
-    limit: Limit = None,
-    arg: Args = None,
-    chunk: Chunk = None,
-    out: Out = Path("harness"),
-):
-    """RULER."""
-    compare("ruler", model, kv, out, arg, chunk, limit, data=data)
+for _suite, _about in PUBLISHED.items():
+    _add_command(_suite, _about)
 
 
 @app.command()
