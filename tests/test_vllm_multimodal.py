@@ -54,6 +54,19 @@ def model(host, tmp_path_factory):
     return folder
 
 
+def as_auto(host, asked: list[dict], options: dict, like: int, other: int) -> tuple[list[dict], list[dict]]:
+    """Two rounds of the lossless codec in chunks with hits, each equal to ``auto``; ``like`` and ``other`` are
+    prompts that differ in what is seen or heard alone, and so are answered differently."""
+    host.start("auto", enable_prefix_caching=False, **options)
+    auto = host.run(asked)
+    assert auto[like]["outputs"][0]["logprobs"] != auto[other]["outputs"][0]["logprobs"]
+    host.start("oscar", env=LOSSLESS, enable_prefix_caching=True, max_num_batched_tokens=512, **options)
+    first, again = host.run(asked), host.run(asked)
+    assert_same(auto, first)
+    assert_same(auto, again)
+    return first, again
+
+
 @pytest.mark.parametrize(
     "name", ["qwen2_5_vl", *(pytest.param(n, marks=pytest.mark.slow) for n in CASES if n != "qwen2_5_vl")]
 )
@@ -61,14 +74,7 @@ def test_images(host, model, name):
     """Chunks end inside images, and in the second round hits do."""
     options = {"model": model(name), "max_model_len": 2048, "kv_cache_memory_bytes": 1 << 29}
     options["limit_mm_per_prompt"] = {"image": 3} | ({} if name == "llava" else {"video": 0})
-    asked = prompts(CASES[name])
-    host.start("auto", enable_prefix_caching=False, **options)
-    auto = host.run(asked)
-    assert auto[5]["outputs"][0]["logprobs"] != auto[6]["outputs"][0]["logprobs"]  # images are looked at
-    host.start("oscar", env=LOSSLESS, enable_prefix_caching=True, max_num_batched_tokens=512, **options)
-    first, again = host.run(asked), host.run(asked)
-    assert_same(auto, first)
-    assert_same(auto, again)
+    first, again = as_auto(host, prompts(CASES[name]), options, 5, 6)
     # The sixth prompt finds the fifth's image and text, the seventh not its image.
     assert [result["cached"] for result in first[4:]] == [0, 512, 128]
     assert [result["cached"] for result in again[4:]] == [512, 512, 512] and again[3]["cached"] >= 256
@@ -99,11 +105,5 @@ def test_sounds(host, model):
     ]
     limits = {"image": 1, "video": 0, "audio": 1}
     options = {"model": model("qwen2_5_omni"), "max_model_len": 2048, "limit_mm_per_prompt": limits}
-    host.start("auto", enable_prefix_caching=False, **options)
-    auto = host.run(asked)
-    assert auto[0]["outputs"][0]["logprobs"] != auto[3]["outputs"][0]["logprobs"]  # sounds are listened to
-    host.start("oscar", env=LOSSLESS, enable_prefix_caching=True, max_num_batched_tokens=512, **options)
-    first, again = host.run(asked), host.run(asked)
-    assert_same(auto, first)
-    assert_same(auto, again)
+    _, again = as_auto(host, asked, options, 0, 3)
     assert [result["cached"] for result in again] == [128, 256, 256, 128]
