@@ -186,7 +186,7 @@ def test_inner_loop_of_the_default_preset(tmp_path):
     source = tmp_path / "one.cu"
     source.write_text(
         '#include "oscar/decode.cuh"\n#include "oscar/presets.cuh"\n'
-        "template __global__ void oscar::decode_kernel<oscar::Presets<128>::Default, 1>("
+        "template __global__ void oscar::decode_kernel<oscar::Presets<128>::Default, 1, true>("
         "const __grid_constant__ oscar::DecodeParams);\n"
     )
     cubin = tmp_path / "one.cubin"

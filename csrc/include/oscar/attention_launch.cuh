@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "oscar/combine.cuh"
 #include "oscar/decode.cuh"
@@ -59,14 +60,14 @@ int launch_shape(const OscarAttentionParams& params, const OscarLaunch& launch, 
   return OSCAR_OK;
 }
 
-template <class Layout, int NTiles>
+template <class Layout, int NTiles, bool Plain>
 int launch_attention(const DecodeParams& params, const LaunchShape& shape, const Device& device, cudaStream_t stream) {
   static thread_local AllowedShared allowed;
   const bool overlapping = true;
   const int shared = shape.warps * static_cast<int>(sizeof(WarpShared<Layout>));
-  OSCAR_TRY(allowed.raise(decode_kernel<Layout, NTiles>, shared, device));
-  OSCAR_TRY(oscar::launch(decode_kernel<Layout, NTiles>, {shape.blocks, 32 * shape.warps, shared}, overlapping, device,
-                          stream, params));
+  const auto decode = decode_kernel<Layout, NTiles, Plain>;
+  OSCAR_TRY(allowed.raise(decode, shared, device));
+  OSCAR_TRY(oscar::launch(decode, {shape.blocks, 32 * shape.warps, shared}, overlapping, device, stream, params));
 
   // As many blocks as there are multiprocessors, if they have channels enough to share.
   int lanes = std::min(Layout::kHeadDim / kCombineChannels, 32);
@@ -84,7 +85,7 @@ int launch_attention(const DecodeParams& params, const LaunchShape& shape, const
   const dim3 blocks(static_cast<unsigned>(shape.segments), shape.slot_rows / rows, split()), threads(32 * warps, rows);
   return oscar::launch(combine_kernel<Layout::kHeadDim>,
                        {blocks, threads, warps * static_cast<int>(sizeof(CombineShared))}, overlapping, device, stream,
-                       params, Tiling{8 * NTiles, Layout::kRingTokens, false});
+                       params, Tiling{8 * NTiles, Layout::kRingTokens, false, Plain});
 }
 
 template <int HeadDim>
@@ -123,10 +124,15 @@ int attention(const OscarAttentionParams& params, const OscarLaunch& launch, cud
     p.ranges = reinterpret_cast<int2*>(workspace);
     p.max_sum = reinterpret_cast<float2*>(workspace + shape.ranges_bytes);
     p.partial = reinterpret_cast<float*>(workspace + shape.ranges_bytes + shape.max_sum_bytes);
-    if constexpr (Layout::kHeadDim <= 128) {
-      if (shape.n_tiles == 2) return launch_attention<Layout, 2>(p, shape, device, stream);
-    }
-    return launch_attention<Layout, 1>(p, shape, device, stream);
+    const auto launch_tiles = [&](auto plain) {
+      constexpr bool kPlain = decltype(plain)::value;
+      if constexpr (Layout::kHeadDim <= 128) {
+        if (shape.n_tiles == 2) return launch_attention<Layout, 2, kPlain>(p, shape, device, stream);
+      }
+      return launch_attention<Layout, 1, kPlain>(p, shape, device, stream);
+    };
+    const bool plain = softmax.sliding_window <= 0 && softmax.soft_cap <= 0.f;
+    return plain ? launch_tiles(std::true_type()) : launch_tiles(std::false_type());
   });
 }
 

@@ -63,19 +63,21 @@ OSCAR_DEVICE int token_of_row(const Cursor& now, const DecodeParams& p, int n, i
 }
 
 // The pages of the segment at hand that this warp gets. The producer is at the first and its copy under way.
-template <class Layout, int NTiles>
+template <class Layout, int NTiles, bool Plain>
 OSCAR_DEVICE void attend_pages(const Cursor& now, const DecodeParams& p, PageBuffer<Layout>& buffer, Producer& next,
                                const QueryRows<Layout::kTiles> (&query)[NTiles],
                                Accumulator<Layout::kTiles> (&acc)[NTiles], int lane) {
   constexpr int kRowTiles = 2 * kBlocksAtOnce<Layout::kTiles, NTiles>;
   do {
     const Request& request = now.request;  // in shared memory: registers are scarce
-    const int page = request.first / kPageTokens + next.page(), start = page * kPageTokens;
-    const int begin = request.first - start, end = request.ring_start - start;
+    const int page = (Plain ? 0 : request.first / kPageTokens) + next.page(), start = page * kPageTokens;
+    const int begin = Plain ? 0 : request.first - start, end = request.ring_start - start;
     const bool cut = begin > 0 || end < kPageTokens;  // not all of the page is read
-    const bool unfinished = cut || request.seen_by_all > start || p.soft_cap.used();
+    const bool capped = !Plain && p.soft_cap.used();
+    const bool slides = !Plain && request.seen_by_all > start;  // not all rows see the whole page
+    const bool unfinished = cut || slides || capped;
     const auto finish = [&](int token, int n, float(&score)[kRowTiles][4]) {
-      if (p.soft_cap.used()) {
+      if (capped) {
 #pragma unroll
         for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
@@ -83,7 +85,7 @@ OSCAR_DEVICE void attend_pages(const Cursor& now, const DecodeParams& p, PageBuf
         }
       }
       int first[2] = {};  // tokens of the page that the lane's rows see
-      if (request.seen_by_all > start) {
+      if (slides) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           first[c] = first_visible(p.cache.softmax, request.context + token_of_row<NTiles>(now, p, n, c, lane)) - start;
@@ -121,21 +123,21 @@ OSCAR_DEVICE void attend_pages(const Cursor& now, const DecodeParams& p, PageBuf
 }
 
 // Tokens in 16 bit, in the model's dtype.
-template <class Layout, int NTiles>
+template <class Layout, int NTiles, bool Plain>
 OSCAR_DEVICE void attend_16_bit(const Tokens& tokens, const Cursor& now, const DecodeParams& p, float scale_log2,
                                 const QueryRows<Layout::kTiles> (&query)[NTiles],
                                 Accumulator<Layout::kTiles> (&acc)[NTiles], int lane) {
   const int first_row = now.row_block * 8 * NTiles + p.launch.first_token * p.group;  // of the step
   const auto attend = [&](auto is_bf16) {
     constexpr bool kBf16 = decltype(is_bf16)::value;
-    attend_tokens<kBf16>(tokens, query, first_row, p.group, p.reach, scale_log2, p.soft_cap, acc, lane);
+    attend_tokens<kBf16, Plain>(tokens, query, first_row, p.group, p.reach, scale_log2, p.soft_cap, acc, lane);
   };
   if (p.dtype == OSCAR_BF16) attend(std::true_type());
   else attend(std::false_type());
 }
 
 // Ring pages `unit` .. `end - 1` of the segment at `now`.
-template <class Layout, int NTiles>
+template <class Layout, int NTiles, bool Plain>
 OSCAR_DEVICE void attend_ring(int unit, int end, const Cursor& now, const DecodeParams& p, float scale_log2,
                               PageBuffer<Layout>& buffer, Producer& next,
                               const QueryRows<Layout::kTiles> (&query)[NTiles],
@@ -161,6 +163,7 @@ OSCAR_DEVICE void attend_ring(int unit, int end, const Cursor& now, const Decode
       for (int first = 0; first < kTokens; first += 16) {
         const uint32_t valid = __ballot_sync(kFullWarp, lane < 16 && readable(first + lane));
         const auto finish = [&](int token, int n, int c, float score) {
+          if (Plain) return score;
           if (p.soft_cap.used()) score = p.soft_cap(score);
           if (request.seen_by_all > request.ring_start) {
             const int position = request.ring_start - request.context + age(first + token);  // in the step
@@ -180,7 +183,7 @@ OSCAR_DEVICE void attend_ring(int unit, int end, const Cursor& now, const Decode
       tokens.position = tokens.oldest + age_of_first;
       tokens.turn = capacity;
       tokens.valid = __ballot_sync(kFullWarp, readable(lane));
-      attend_16_bit<Layout>(tokens, now, p, scale_log2, query, acc, lane);
+      attend_16_bit<Layout, NTiles, Plain>(tokens, now, p, scale_log2, query, acc, lane);
     }
     __syncwarp();
     fill_all(buffer, next);
@@ -188,7 +191,7 @@ OSCAR_DEVICE void attend_ring(int unit, int end, const Cursor& now, const Decode
 }
 
 // Units `unit` .. `end - 1` of the in-flight tokens of the segment at `now`.
-template <class Layout, int NTiles>
+template <class Layout, int NTiles, bool Plain>
 OSCAR_DEVICE void attend_in_flight(int unit, int end, const Cursor& now, const DecodeParams& p, float scale_log2,
                                    PageBuffer<Layout>& buffer, Producer& next,
                                    const QueryRows<Layout::kTiles> (&query)[NTiles],
@@ -207,16 +210,16 @@ OSCAR_DEVICE void attend_in_flight(int unit, int end, const Cursor& now, const D
     tokens.oldest = 0;
     tokens.turn = 0;
     tokens.valid = __ballot_sync(kFullWarp, tokens.position + lane < request.query_len);
-    attend_16_bit<Layout>(tokens, now, p, scale_log2, query, acc, lane);
+    attend_16_bit<Layout, NTiles, Plain>(tokens, now, p, scale_log2, query, acc, lane);
     __syncwarp();
   }
 }
 
-template <class Layout, int NTiles>
+template <class Layout, int NTiles, bool Plain>
 __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kCapability), 1)
     decode_kernel(const __grid_constant__ DecodeParams p) {
   constexpr int kRows = 8 * NTiles, kTiles = Layout::kTiles;
-  constexpr Tiling kTiling{kRows, Layout::kRingTokens, kTakesPages<Layout, NTiles>};
+  constexpr Tiling kTiling{kRows, Layout::kRingTokens, kTakesPages<Layout, NTiles>, Plain};
   extern __shared__ __align__(128) uint8_t raw[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int g = lane >> 2, t = lane & 3;
@@ -272,7 +275,7 @@ __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kC
     if (pages) {
 #pragma unroll
       for (int n = 0; n < NTiles; ++n) query[n].rotate(p.dtype == OSCAR_BF16, scale_log2, lane);
-      attend_pages<Layout, NTiles>(now, p, buffer, next, query, acc, lane);
+      attend_pages<Layout, NTiles, Plain>(now, p, buffer, next, query, acc, lane);
     } else {
       if (now.in_ring()) {
         if constexpr (Layout::kInt8Ring) {
@@ -280,13 +283,13 @@ __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kC
           for (int n = 0; n < NTiles; ++n) query[n].to_half(p.dtype == OSCAR_BF16, scale_log2, lane);
         }
         const int end = min(now.request.ring, shared.end());
-        attend_ring<Layout, NTiles>(now.unit, end, now, p, scale_log2, buffer, next, query, acc, lane);
+        attend_ring<Layout, NTiles, Plain>(now.unit, end, now, p, scale_log2, buffer, next, query, acc, lane);
         if (Layout::kInt8Ring && now.request.ring < shared.end()) {
 #pragma unroll
           for (int n = 0; n < NTiles; ++n) query[n].load(query_row(n), lane);
         }
       }
-      attend_in_flight<Layout, NTiles>(max(now.unit, now.request.ring), shared.end(), now, p, scale_log2, buffer, next,
+      attend_in_flight<Layout, NTiles, Plain>(max(now.unit, now.request.ring), shared.end(), now, p, scale_log2, buffer, next,
                                        query, acc, lane);
     }
 

@@ -43,11 +43,12 @@ struct DecodeParams : OscarAttentionParams {
   float* partial;    // [slot][row][channel]
 };
 
-// Sizes that are constants of a decode kernel.
+// What is constant in a decode kernel.
 struct Tiling {
   int rows;         // of a row block
   int ring_tokens;  // of a ring page
   bool take;        // whether warps take pages from each other
+  bool plain;       // neither sliding window nor soft-cap: asking in every unit took up to 6 % of the time
 };
 
 // The per-request numbers that everything else derives from.
@@ -61,9 +62,10 @@ struct Request : StepTokens {
 
   Request() = default;
   OSCAR_DEVICE Request(const DecodeParams& p, int request, const Tiling& tiling) : StepTokens(p.step, request) {
-    first = first_visible(p.cache.softmax, context);
-    seen_by_all = first_visible(p.cache.softmax, context + query_len - 1);
-    ring_start = oscar::ring_start(p.step, p.cache.softmax, request, context);
+    const OscarSoftmax softmax = tiling.plain ? OscarSoftmax{} : p.cache.softmax;
+    first = first_visible(softmax, context);
+    seen_by_all = first_visible(softmax, context + query_len - 1);
+    ring_start = oscar::ring_start(p.step, softmax, request, context);
     const int tokens = max(min(query_len - p.launch.first_token, p.launch.query_tokens), 0);
     rows = tokens * p.group;
     row_blocks = (rows + tiling.rows - 1) / tiling.rows;

@@ -30,7 +30,7 @@ OSCAR_DEVICE uint4 load_token(const uint8_t* base, int64_t stride, uint32_t vali
 }
 
 // Query row `first_row + column` is token `row / group` of the step and sees `reach` tokens up to itself.
-template <bool Bf16, int Tiles, int NTiles>
+template <bool Bf16, bool Plain, int Tiles, int NTiles>
 OSCAR_DEVICE void attend_tokens(const Tokens& tokens, const QueryRows<Tiles> (&query)[NTiles], int first_row, int group,
                                 int reach, float scale_log2, const SoftCap& soft_cap,
                                 Accumulator<Tiles> (&acc)[NTiles], int lane) {
@@ -69,11 +69,11 @@ OSCAR_DEVICE void attend_tokens(const Tokens& tokens, const QueryRows<Tiles> (&q
       for (int j = 0; j < 4; ++j) {
         const int token = 8 * (j >> 1) + g;
         int position = tokens.position + first + token;
-        if (position < tokens.oldest) position += tokens.turn;
+        if (!Plain && position < tokens.oldest) position += tokens.turn;
         const int distance = limit[j & 1] - position;
         p[j] *= scale_log2;
-        if (soft_cap.used()) p[j] = soft_cap(p[j]);
-        if (!(valid >> token & 1) || distance < 0 || distance >= reach) p[j] = -INFINITY;
+        if (!Plain && soft_cap.used()) p[j] = soft_cap(p[j]);
+        if (!(valid >> token & 1) || distance < 0 || (!Plain && distance >= reach)) p[j] = -INFINITY;
       }
       softmax_step(score[n], acc[n]);
       weight[n][0] = transpose_8x8(Bf16 ? pack_bfloat162(p[0], p[1]) : pack_half2(p[0], p[1]));
