@@ -27,26 +27,32 @@ def _step(batch: int, context: int, heads: int, dim: int) -> tuple[torch.Tensor,
 
 def flash_attention_3(
     batch: int, context: int, heads: int, group: int, dim: int, rotated_bytes: float, splits: int,
-    sliding_window: int | None = None,
+    sliding_window: int | None = None, fp8: bool = False,
 ) -> Launches:  # fmt: skip
-    """FlashAttention-3 on bf16 blocks of 128 tokens; ``splits`` 0 lets it choose."""
+    """FlashAttention-3 on blocks of 128 tokens in bf16, or in fp8 with one scale; ``splits`` 0 lets it choose.
+
+    As vLLM calls it; what it takes to make the query fp8 is not in it.
+    """
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     page = 128
     per_sequence = -(-context // page)
-    nbytes = batch * min(context, sliding_window or context) * heads * dim * 4
+    nbytes = batch * min(context, sliding_window or context) * heads * dim * (2 if fp8 else 4)
     window_size = [sliding_window - 1, 0] if sliding_window else None
     sets = _sets(nbytes, rotated_bytes)
     cache = torch.empty(2, sets * batch * per_sequence, page, heads, dim, dtype=torch.bfloat16, device="cuda").normal_()
     table = torch.randperm(cache.shape[1], device="cuda").int().view(sets, batch, per_sequence)
     query, lens = _step(batch, context, heads * group, dim)
     starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
-    out = torch.empty_like(query)
+    out, scales = torch.empty_like(query), {}
+    if fp8:
+        query, cache = query.to(torch.float8_e4m3fn), cache.to(torch.float8_e4m3fn)
+        scales = {f"{x}_descale": torch.ones(batch, heads, device="cuda") for x in "qkv"}
 
     def launch(i: int) -> Callable[[], object]:
         return lambda: flash_attn_varlen_func(
             query, cache[0], cache[1], 1, starts, context, seqused_k=lens, block_table=table[i], causal=True,
-            out=out, fa_version=3, num_splits=splits, window_size=window_size,
+            out=out, fa_version=3, num_splits=splits, window_size=window_size, **scales,
         )  # fmt: skip
 
     return [launch(i) for i in range(sets)], nbytes

@@ -150,11 +150,11 @@ def attention_launch(ops, case: Case, **options):
     return lambda: ops.attention(case.step, case.cache, case.query, case.key, case.value, out, **options)
 
 
-def flash_us(*shape: int, sliding_window: int | None) -> tuple[float, int]:
-    """FlashAttention-3 in bf16 at the best of several split counts: time, bytes."""
+def flash_us(*shape: int, **options) -> tuple[float, int]:
+    """FlashAttention-3 at the best of several split counts: time, bytes."""
     batch, _, heads, *_ = shape
-    options = [0] + ([16, 32] if batch * heads < 132 else [])
-    runs = (baselines.flash_attention_3(*shape, ROTATED_BYTES, splits, sliding_window) for splits in options)
+    counts = [0] + ([16, 32] if batch * heads < 132 else [])
+    runs = (baselines.flash_attention_3(*shape, ROTATED_BYTES, splits, **options) for splits in counts)
     return min((time_us(launches), nbytes) for launches, nbytes in runs)
 
 
@@ -298,7 +298,7 @@ def main() -> None:
         "--sliding-window", nargs="*", type=int, default=[], metavar="TOKENS", help="time layers with such windows too"
     )
     parser.add_argument("--warps", nargs="*", default=["0"], help="WARPS[@LIBRARY] per block to compare")
-    parser.add_argument("--flash", action="store_true", help="time FlashAttention-3 too")
+    parser.add_argument("--flash", action="store_true", help="time FlashAttention-3 too, on bf16 and fp8")
     parser.add_argument("--flashinfer", action="store_true", help="time FlashInfer too")
     parser.add_argument("--xformers", action="store_true", help="time xformers' int4 kernel too")
     parser.add_argument("--turboquant", action="store_true", help="time vLLM's turboquant_3bit_nc kernel too")
@@ -331,6 +331,9 @@ def main() -> None:
             if options.flash:
                 best, nbytes = flash_us(*sizes, sliding_window=window)
                 results.add_attention(best, nbytes, kernel="flash-attention-3 bf16", **shape)
+                torch.cuda.empty_cache()
+                us, nbytes = flash_us(*sizes, sliding_window=window, fp8=True)
+                results.add_attention(us, nbytes, best, kernel="flash-attention-3 fp8", **shape)
                 torch.cuda.empty_cache()
             if options.flashinfer and not window:
                 us, nbytes = flashinfer_us(*sizes)

@@ -13,7 +13,7 @@ CUDA graphs, under both model runners, with n-gram speculation and, on request, 
 ``drafts`` drafts for the demo model with itself and with an EAGLE made from its weights, in OScaR pages, and
 compares how many drafted tokens are accepted with ``auto``, under both runners, with piecewise and full CUDA graphs.
 ``offload`` fills the cache on the GPU with NaN, so that prefixes come back from host memory, and compares.
-``speed`` uses a model of Qwen3-8B's shape with dummy weights (speed and memory are
+``speed`` uses a model of a published shape with dummy weights (speed and memory are
 real, text means nothing). Each engine runs in a process of its own; ``check`` can run several
 at a time (``--jobs``), ``speed`` can run all in its own process, one after the other (``--one-process``).
 """
@@ -481,7 +481,8 @@ def speed(
     output: Annotated[int, typer.Option(help="Output tokens of such a request.")] = 512,
     requests: Annotated[int, typer.Option(help="Requests of the throughput run.")] = 64,
     memory: Annotated[float, typer.Option(help="GiB of KV cache, the same for every dtype.")] = 24,
-    layers: Annotated[int, typer.Option(help="Layers of the model; fewer start faster.")] = 36,
+    shape: Annotated[str, typer.Option(help=f"Of the model: {', '.join(SHAPES)}.")] = "qwen3-8b",
+    layers: Annotated[int | None, typer.Option(help="Fewer than the shape has start faster and leave memory.")] = None,
     dtypes: Annotated[str, typer.Option()] = "auto,oscar,fp8",
     json_file: JsonFile = None,
     timeout: Timeout = 240,
@@ -491,9 +492,13 @@ def speed(
     table = Table("dtype", "tokens in cache", "prefill s", "step ms", "output tokens/s", "start s")
     records = []
     sizes = {"context": context, "prefill": prefill, "length": length, "requests": requests, "output": output}
-    common = {**stamp(), "layers": layers, "kv_gib": memory, **sizes}
+    config = SHAPES[shape]
+    layers = layers or config["num_hidden_layers"]
+    common = {**stamp(), "model": shape, "layers": layers, "kv_gib": memory, **sizes}
     with tempfile.TemporaryDirectory() as model:
-        (Path(model) / "config.json").write_text(json.dumps({**QWEN3_8B, "num_hidden_layers": layers}))
+        if "layer_types" in config:
+            config = config | {"layer_types": config["layer_types"][:layers]}
+        (Path(model) / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
         for dtype in dtypes.split(","):
             run = engine_here if one_process else partial(engine, timeout=timeout)
             result = run(

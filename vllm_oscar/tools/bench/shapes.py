@@ -16,7 +16,8 @@ _COMMON = {
     "eos_token_id": 1,
 }
 
-# From the published config.json files. Positions are extended for the long workloads; gpt-oss is in bf16.
+# From the published config.json files. Positions are extended for the long workloads; gpt-oss is in bf16, and of Gemma it
+# is the language model.
 SHAPES: dict[str, dict] = {
     "qwen3-8b": _COMMON
     | {
@@ -69,6 +70,24 @@ SHAPES: dict[str, dict] = {
         "vocab_size": 201088,
         "rope_theta": 150000.0,
         "rms_norm_eps": 1e-5,
+    },
+    "gemma-3-27b": _COMMON
+    | {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 5376,
+        "intermediate_size": 21504,
+        "num_hidden_layers": 62,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 16,
+        "head_dim": 128,
+        "query_pre_attn_scalar": 168,
+        "sliding_window": 1024,
+        "vocab_size": 262208,
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "tie_word_embeddings": True,
     },
 }
 
