@@ -16,8 +16,8 @@ _COMMON = {
     "eos_token_id": 1,
 }
 
-# From the published config.json files. Positions are extended for the long workloads; gpt-oss is in bf16, and of Gemma it
-# is the language model.
+# From the published config.json files. Positions are extended for the long workloads; gpt-oss is in bf16, Gemma the
+# language model alone.
 SHAPES: dict[str, dict] = {
     "qwen3-8b": _COMMON
     | {
