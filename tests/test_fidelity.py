@@ -8,9 +8,13 @@ import os
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import independent_codec
+import numpy as np
 import pytest
+import tolerances
 import torch
 
 transformers = pytest.importorskip("transformers")
@@ -26,7 +30,7 @@ from vllm_oscar.core.ring import RingType, from_int8, to_int8  # noqa: E402
 from vllm_oscar.core.softmax import Softmax  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-TOKENIZER = ROOT / "examples" / "demo_model"
+DEMO_MODEL = ROOT / "examples" / "demo_model"
 IDENTITY = methods.Method("identity", "test", lambda key, value, first: (key, value), lambda dim: 4.0 * dim)
 
 
@@ -86,6 +90,28 @@ def test_a_lossy_method_diverges_more_with_fewer_bits(lab, tokens):
         for name in ("bf16", "oscar_large", "oscar_paper")
     ]
     assert kl == sorted(kl) and kl[0] < 0.1 * kl[-1]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_an_independent_codec_loses_as_much(name):
+    """On a trained model, with the codec stated in NumPy in the place of the product's."""
+    config = PRESETS[name]
+
+    def quantize(key, value, first):
+        blocks = zip(key.numpy(), value.numpy(), first.tolist(), strict=True)
+        pairs = zip(*(independent_codec.block(k, v, config, f) for k, v, f in blocks), strict=True)
+        return tuple(torch.from_numpy(np.stack(found)).float() for found in pairs)
+
+    def recent(x):
+        return torch.from_numpy(independent_codec.ring(x.numpy())).float()
+
+    product = methods.registry()[name]
+    other = replace(product, quantize=quantize, recent=product.recent and recent)
+    lab = measures.Lab.load(str(DEMO_MODEL), tasks.manual(), "cpu")
+    documents = lab.tasks.documents(1, 640)
+    exact = [lab.hidden(documents, None)[0]]
+    kl, stated = (measures.text(lab, method, documents, exact)[0]["kl"] for method in (product, other))
+    assert stated == pytest.approx(kl, rel=tolerances.INDEPENDENT_KL)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -261,7 +287,7 @@ def test_turboquant_replay_equals_vllms_kernels():
 
 @pytest.fixture(scope="module")
 def recall_tasks() -> tasks.Tasks:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(TOKENIZER)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO_MODEL)
     return tasks.Tasks(tokenizer, ["def f(x):\n    return x + 1  # one more\n" * 3000])
 
 
@@ -374,7 +400,7 @@ def test_needles_lie_at_their_depth():
 
     from benchmarks.harness import suites
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(TOKENIZER)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO_MODEL)
     text = "def f(x):\n    return x + 1  # one more\n" * 2000
     for depth in suites.NEEDLE_DEPTHS:
         row = suites.needle_document(text, tokenizer, 512, depth, random.Random(0))
@@ -431,7 +457,7 @@ def test_lm_eval_takes_the_suites(tmp_path, monkeypatch):
 # ---- the quiz -----------------------------------------------------------------------
 @pytest.mark.parametrize("answers", quiz.ANSWERS)
 def test_a_quiz_asks_for_words_that_its_examples_do_not_have(answers):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(TOKENIZER)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO_MODEL)
     made, again, other = (quiz.make(tokenizer, seed, answers, 512, 50) for seed in (0, 0, 1))
     assert made == again and made.items != other.items
     assert len(made.examples) == 512 and made.examples[0] == tokenizer.bos_token_id
