@@ -17,7 +17,7 @@ from .methods import Method
 from .tasks import Tasks
 
 TAIL = 2 * PAGE_TOKENS
-"""Next-token measures start here: before it, methods with a window read no quantized token."""
+"""Next-token measures start here: before it, no token that is quantized lies behind a window of 256."""
 
 _ROWS = 512  # positions whose logits are held at once
 

@@ -110,7 +110,8 @@ PRESETS: dict[str, OscarConfig] = {
     for config in (
         OscarConfig("oscar"),
         OscarConfig("oscar_small", key_bits=2, key_group=32, key_clip=0.83, value_clip=0.65),
-        OscarConfig("oscar_large", value_bits=3, value_clip=0.9),
+        # The longest window, in steps of 32, that a ring of 7 pages holds at every head size.
+        OscarConfig("oscar_large", value_bits=3, value_clip=0.9, window=352),
         OscarConfig("oscar_4bit", key_bits=4, value_bits=4, key_clip=1.0, value_clip=1.0),
         OscarConfig(
             "oscar_paper",
