@@ -153,6 +153,7 @@ def soak(spec: dict) -> dict:
     engine, source = llm.llm_engine, random.Random(spec["seed"] + 1)
     prompts, expected = make_prompts(spec["prompts"], spec["seed"]), json.loads(Path(spec["expected"]).read_text())
     pool = scheduler.kv_cache_manager.block_pool
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
     free, running, sent, done = pool.get_num_free_blocks(), {}, 0, 0
     count = {"wrong": 0, "tokens": 0, "aborted": 0, "resets": 0, "unfinished": 0}
     memory, start = [], time.perf_counter()
@@ -179,9 +180,11 @@ def soak(spec: dict) -> dict:
                     count["unfinished"] += len(found) != tokens
                 if done % max(spec["requests"] // 30, 1) == 0:
                     memory.append(resident_mib())
-        # vLLM cannot reset while a request waits for a prefix from the host, nor load one in the step after for a
-        # request that the reset preempted: so the host forgets, too.
-        loading = any(request.status.name == "WAITING_FOR_REMOTE_KVS" for request in scheduler.requests.values())
+        # vLLM cannot reset while a request holds blocks that does not run, but waits for a prefix from the host or to
+        # run with it. Nor can vLLM load one in the step after for a request that the reset preempted: so the host
+        # forgets, too.
+        holders = {request for manager in managers for request in manager.req_to_blocks}
+        loading = holders - {request.request_id for request in scheduler.running}
         if source.random() < 0.02 and not loading:
             engine.reset_prefix_cache(reset_running_requests=True, reset_connector=spec["offload"])
             count["resets"] += 1
@@ -198,9 +201,8 @@ def soak(spec: dict) -> dict:
         "spec_decode_num_accepted_tokens",
     ):
         count[name] = counters.get(name, 0)
-    tables = [m for m in scheduler.kv_cache_manager.coordinator.single_type_managers if m.req_to_blocks]
     count["leaked_blocks"] = free - pool.get_num_free_blocks()
-    count["leaked_requests"] = len(scheduler.requests) + sum(len(manager.req_to_blocks) for manager in tables)
+    count["leaked_requests"] = len(scheduler.requests) + sum(len(manager.req_to_blocks) for manager in managers)
     third = memory[len(memory) // 3 :]
     return {
         "dtype": spec["dtype"], "requests": sent, "drafts": spec["drafts"], "offload": spec["offload"], **count,
