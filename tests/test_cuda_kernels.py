@@ -47,14 +47,21 @@ def expected_ring(case: Case) -> torch.Tensor:
     return on_cpu.write_ring(reference_ops).to(case.cache.ring.device)
 
 
+def check_rows(case: Case) -> None:
+    """Every row of a matrix of thousands: of some the values nearly cancel, and these count as half a usual row."""
+    out, expected, dtype = case.attention(cuda).double(), case.exact_attention(), case.query.dtype
+    size = expected.norm(dim=-1)
+    worst = ((out - expected).norm(dim=-1) / size.clamp_min(size.median() / 2)).max()
+    assert worst < tolerances.CUDA[dtype]
+    assert (out - expected).norm() / expected.norm() < tolerances.CUDA_RMS[dtype]
+
+
 @pytest.mark.parametrize("head_dim", cuda.HEAD_DIMS)
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("dtype, group, longest", SHAPES)
 def test_attention(preset, head_dim, dtype, group, longest):
     case = make_case(PageFormat.preset(preset, head_dim), ragged(longest), dtype=dtype, group=group, seed=longest)
-    out, expected = case.attention(cuda), case.exact_attention()
-    assert relative_error(out, expected) < tolerances.CUDA_WORST_OF_MANY[dtype]
-    assert (out.double() - expected).norm() / expected.norm() < tolerances.CUDA_RMS[dtype]
+    check_rows(case)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -95,9 +102,7 @@ def test_sliding_windows(preset, head_dim, sliding_window, dtype, group, longest
     fmt, requests = PageFormat.preset(preset, head_dim), windowed(sliding_window, longest)
     options = dict(dtype=dtype, group=group, seed=longest, sinks=longest == 4)
     case = make_case(fmt, requests, sliding_window=sliding_window, **options)
-    out, expected = case.attention(cuda), case.exact_attention()
-    assert relative_error(out, expected) < tolerances.CUDA_WORST_OF_MANY[dtype]
-    assert (out.double() - expected).norm() / expected.norm() < tolerances.CUDA_RMS[dtype]
+    check_rows(case)
 
 
 @pytest.mark.parametrize("length", range(1, 17))
@@ -105,9 +110,7 @@ def test_sliding_windows_of_every_query_length(length):
     for group in (1, 3, 8, 16):
         requests = [(context, length) for context in (0, 100, 199, 200, 330, 900)]
         case = make_case(PageFormat.preset("oscar", 64), requests, group=group, sliding_window=200, seed=length)
-        out, expected = case.attention(cuda), case.exact_attention()
-        assert relative_error(out, expected) < tolerances.CUDA_WORST_OF_MANY[torch.float16]
-        assert (out.double() - expected).norm() / expected.norm() < tolerances.CUDA_RMS[torch.float16]
+        check_rows(case)
 
 
 @pytest.mark.parametrize("sliding_window", (None, 200, 1024))
@@ -118,9 +121,7 @@ def test_sinks_and_soft_cap(preset, head_dim, sliding_window, dtype, group, long
     for soft_cap, sinks in ((None, True), (3.0, False), (50.0, True)):
         options = dict(dtype=dtype, group=group, sliding_window=sliding_window, soft_cap=soft_cap, sinks=sinks)
         case = make_case(PageFormat.preset(preset, head_dim), ragged(longest), **options)
-        out, expected = case.attention(cuda), case.exact_attention()
-        assert relative_error(out, expected) < tolerances.CUDA_WORST_OF_MANY[dtype]
-        assert (out.double() - expected).norm() / expected.norm() < tolerances.CUDA_RMS[dtype]
+        check_rows(case)
 
 
 @pytest.mark.parametrize("sliding_window", SLIDING_WINDOWS[:6])
