@@ -43,6 +43,14 @@ def test_lengths_scale_in_multiples_of_sixteen():
     assert (tiny.shared, tiny.input, tiny.output) == (16, 16, 16)
 
 
+def test_a_workload_may_say_how_many_requests_are_in_flight():
+    chosen = cli.choose("8k-1k:1:64,1k-2k,32k-1k:16", "1", "4,8")
+    assert [(workload.name, users) for workload, users in chosen] == [
+        ("8k-1k", [1, 64]), ("1k-2k", [4, 8]), ("32k-1k", [16])
+    ]  # fmt: skip
+    assert cli.choose("128k-1k", "1", "")[0][1] == list(WORKLOADS["128k-1k"].concurrency)
+
+
 def test_a_turn_repeats_the_turn_before_it_and_no_other_conversation(tmp_path):
     workload = WORKLOADS["multi-turn"].scaled(Fraction(1, 16))
     workload.write_trace(3, tmp_path)
@@ -142,7 +150,8 @@ def test_the_sweep_runs_the_single_commands(tmp_path, capsys):
         (["--workload", "9k"], "there is no workload '9k'; choose --workload from 8k-1k, 1k-2k"),
         (["--workload", ","], "no workload is chosen"),
         (["--scale", "2"], "--scale is a factor above 0 and up to 1, such as 1/32, not '2'"),
-        (["--concurrency", "0,4"], "--concurrency is a list of numbers of at least 1"),
+        (["--concurrency", "0,4"], "requests in flight are numbers of at least 1, such as 1,16,64, and not '0,4'"),
+        (["--workload", "8k-1k:x"], "requests in flight are numbers of at least 1, such as 1,16,64, and not '8k-1k:x'"),
         (["--kv-memory", "many"], "cannot read 'many' as a size"),
         (["--kv-cache-dtype", ""], "no dtype is chosen"),
         (["--shape"], "there is no shape"),

@@ -48,11 +48,11 @@ def expected_ring(case: Case) -> torch.Tensor:
 
 
 def check_rows(case: Case) -> None:
-    """Every row of a matrix of thousands: of some the values nearly cancel, and these count as half a usual row."""
+    """The hundreds to thousands of rows of one case of a matrix."""
     out, expected, dtype = case.attention(cuda).double(), case.exact_attention(), case.query.dtype
-    size = expected.norm(dim=-1)
-    worst = ((out - expected).norm(dim=-1) / size.clamp_min(size.median() / 2)).max()
-    assert worst < tolerances.CUDA[dtype]
+    errors = ((out - expected).norm(dim=-1) / expected.norm(dim=-1)).flatten()
+    assert errors.quantile(0.99) < tolerances.CUDA[dtype]
+    assert errors.max() < tolerances.CUDA_WORST_OF_MANY
     assert (out - expected).norm() / expected.norm() < tolerances.CUDA_RMS[dtype]
 
 
