@@ -30,10 +30,22 @@ def _names(text: str) -> list[str]:
     return list(dict.fromkeys(filter(None, (name.strip() for name in text.split(",")))))
 
 
+def _users(numbers: list[str], given: str) -> list[int]:
+    """Numbers of requests in flight, which ``given`` says. Raises ``ValueError``."""
+    try:
+        users = [int(number) for number in numbers]
+    except ValueError:
+        users = [0]
+    if any(number < 1 for number in users):
+        raise ValueError(f"requests in flight are numbers of at least 1, such as 1,16,64, and not {given!r}")
+    return users
+
+
 def choose(names: str, scale: str, concurrency: str) -> list[tuple[Workload, list[int]]]:
     """The workloads of a comma-separated list, scaled, each with its numbers of requests in flight.
 
-    Raises ``ValueError`` in one sentence for a name, factor or number that cannot be used.
+    A name may bring its own numbers, ``8k-1k:1:64``. Raises ``ValueError`` in one sentence for a name, factor or number
+    that cannot be used.
     """
     try:
         factor = Fraction(scale)
@@ -41,17 +53,14 @@ def choose(names: str, scale: str, concurrency: str) -> list[tuple[Workload, lis
         factor = Fraction(0)
     if not 0 < factor <= 1:
         raise ValueError(f"--scale is a factor above 0 and up to 1, such as 1/32, not {scale!r}")
-    try:
-        users = [int(number) for number in _names(concurrency)]
-    except ValueError:
-        users = [0]
-    if any(number < 1 for number in users):
-        raise ValueError(f"--concurrency is a list of numbers of at least 1, such as 1,16,64, not {concurrency!r}")
+    common = _users(_names(concurrency), concurrency)
     chosen = []
-    for name in _names(names):
+    for given in _names(names):
+        name, *own = given.split(":")
         if name not in WORKLOADS:
             raise ValueError(f"there is no workload {name!r}; choose --workload from {', '.join(WORKLOADS)}")
-        chosen.append((WORKLOADS[name].scaled(factor), users or list(WORKLOADS[name].concurrency)))
+        users = _users(own, given) or common or list(WORKLOADS[name].concurrency)
+        chosen.append((WORKLOADS[name].scaled(factor), users))
     if not chosen:
         raise ValueError(f"no workload is chosen; choose --workload from {', '.join(WORKLOADS)}")
     return chosen
@@ -65,7 +74,9 @@ def run(
     ] = None,
     shape: Annotated[bool, typer.Option("--shape", help=f"Dummy weights of a shape: {', '.join(SHAPES)}.")] = False,
     dtypes: Annotated[str, typer.Option("--kv-cache-dtype", help="Compared dtypes.")] = "auto,fp8,oscar",
-    workloads: Annotated[str, typer.Option("--workload", help="What is measured.")] = ",".join(WORKLOADS),
+    workloads: Annotated[
+        str, typer.Option("--workload", help="What is measured; 8k-1k:1:64 with 1 and 64 requests in flight.")
+    ] = ",".join(WORKLOADS),
     concurrency: Annotated[
         str, typer.Option(help="Requests in flight, e.g. 1,16,64. Empty: those that each workload names.")
     ] = "",
