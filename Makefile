@@ -1,6 +1,6 @@
 # make demo   fetch a small language model (once), serve it and the demo model with an OScaR KV cache, and ask them
 # make test   run the everyday tests, on two cores
-# make test-all   run every test that needs no GPU: before a release
+# make test-all   run every test that needs no GPU: before a release, to be recorded by tests/record.py
 # make lint   check the style
 # make env    only make the environment that both use
 # make serve MODEL=path [ARGS=...]   serve a model on 127.0.0.1
@@ -54,7 +54,7 @@ test: env
 	$(PYTEST) $(ARGS)
 
 test-all: env
-	$(PYTEST) -m 'not gpu' $(ARGS)
+	$(PYTEST) -m 'not gpu' --junitxml=build/test-all.xml $(ARGS)
 
 lint: env
 	$(BIN)/ruff check .

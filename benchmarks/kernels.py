@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -30,6 +29,7 @@ from vllm_oscar.core.format import PageFormat  # noqa: E402
 from vllm_oscar.core.softmax import first_visible  # noqa: E402
 from vllm_oscar.ops import cuda  # noqa: E402
 from vllm_oscar.ops.step import Step  # noqa: E402
+from vllm_oscar.tools.bench import scrape  # noqa: E402
 
 MODELS = {"qwen3-8b": (8, 4, 128), "llama-3.1-8b": (8, 4, 128), "qwen3-32b": (8, 8, 128), "d64": (8, 4, 64)}
 CASES = [
@@ -244,13 +244,11 @@ def time_store(fmt: PageFormat, dtype) -> list[dict]:
 
 def stamp(commit: str | None) -> dict:
     """What every record of a run begins with; ``commit`` where there is no git to ask."""
-    if not commit:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "device": torch.cuda.get_device_name(),
         "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
         "date": datetime.date.today().isoformat(),
-        "commit": commit,
+        "commit": commit or scrape.commit(),
     }
 
 

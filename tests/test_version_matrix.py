@@ -12,6 +12,7 @@ from packaging.version import Version
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO / "tests" / "versions"))
+import record  # noqa: E402
 import run as versions  # noqa: E402
 
 from vllm_oscar.engine.compat import MAX_VLLM, MIN_VLLM  # noqa: E402
@@ -58,3 +59,22 @@ def test_the_committed_matrix_is_of_the_record_and_of_every_supported_version():
     results = json.loads(versions.RECORD.read_text())
     assert list(results) == [f"0.{minor}" for minor in range(MIN_VLLM[1], MAX_VLLM[1] + 1)]
     assert versions.MATRIX.read_text() == versions.render(results)
+
+
+# ---- the table of runs of every test ---------------------------------------------------
+RUN = """<testsuites><testsuite time="3541.5">
+<testcase classname="tests.test_a" name="good"><properties><property name="isa" value="avx2"/></properties></testcase>
+<testcase classname="tests.test_a" name="bad"><failure/></testcase>
+<testcase classname="tests.test_a" name="broken"><error/></testcase>
+<testcase classname="tests.test_a" name="absent"><skipped/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_a_recorded_run_names_what_failed(tmp_path):
+    report = tmp_path / "report.xml"
+    report.write_text(RUN)
+    row = record.row(report, "abc123-dirty", "2 cores of X")
+    assert row.endswith(" | abc123-dirty | 1 | tests.test_a::bad, tests.test_a::broken | 1 | 59 | 2 cores of X: avx2 |")
+    head = record.TABLE.read_text().splitlines()
+    (line,) = [line for line in head if line.startswith("| date |")]
+    assert line.count("|") == row.count("|")

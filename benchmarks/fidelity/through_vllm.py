@@ -13,7 +13,6 @@ import gc
 import os
 import platform
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass
 from datetime import date
@@ -23,6 +22,7 @@ from pathlib import Path
 import torch
 
 from vllm_oscar.core.config import PAGE_TOKENS, PRESETS
+from vllm_oscar.tools.bench.scrape import commit
 
 from . import measures, methods, quiz
 from .records import Records
@@ -70,16 +70,13 @@ def new_record(path: str, dtype: str, llm, measure: str, settings: dict) -> dict
 
 def origin() -> dict:
     """Where a number is from."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    ).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return {
         "command": shlex.join(["python", "-m", "benchmarks.fidelity", *map(_without_folders, sys.argv[1:])]),
         "device": device,
         "versions": {"vllm": version("vllm"), "torch": version("torch"), "python": platform.python_version()},
         "date": date.today().isoformat(),
-        "commit": commit,
+        "commit": commit(),
     }
 
 

