@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 from vllm_engine import MODEL, EngineHost
+
+# OpenMP's threads, which torch starts when it is imported, else spin between operations that take microseconds, while
+# another worker's tests need the core.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # The same examples in every run.
 settings.register_profile("fixed", derandomize=True)
