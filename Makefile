@@ -47,8 +47,8 @@ demo: env
 	@test -e $(CHAT_MODEL)/config.json || $(BIN)/python examples/fetch_smollm2.py $(CHAT_MODEL) || true
 	$(BIN)/python examples/demo.py
 
-# A file's tests stay together, since they share engines.
-PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile
+# A file's tests stay together, since they share engines; tests/conftest.py puts long files first.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: env
 	$(PYTEST) $(ARGS)

@@ -35,6 +35,20 @@ def pytest_terminal_summary(terminalreporter):
         )
 
 
+# Files that take half a minute or more, the longest first: two workers that end with short files end together.
+LONG = (
+    "test_vllm_lossless", "test_vllm_int2", "test_triton_kernels", "test_vllm_windows", "test_vllm_server",
+    "test_symbols", "test_vllm_drafts", "test_vllm_refusals", "test_cuda_on_cpu", "test_vllm_entrypoints",
+    "test_vllm_tp", "test_vllm_offload", "test_cpu_kernels", "test_versions", "test_vllm_multimodal",
+    "test_vllm_skip_layers", "test_vllm_hybrid", "test_fidelity", "test_benchmarks", "test_vllm_nan", "test_cuda_build",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+
+
 @pytest.fixture(scope="session")
 def engine_host():
     """The process in which the in-process engines of all test files run, one at a time."""
