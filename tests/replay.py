@@ -70,6 +70,27 @@ class Replay:
             rows.append(logits[0].log_softmax(-1))
         return torch.cat(rows), self.layers
 
+    def with_pages(self, donor: list[dict], pages: list[dict[str, str]]) -> tuple[list[dict], float]:
+        """A donor's state whose ``pages`` are an engine's (see ``engine_pages``), and by how much they differ at most.
+
+        That is the norm of a page's difference by the page's, of keys and of values.
+        """
+        donor, worst = [dict(state) for state in donor], 0.0
+        for state, held in zip(donor, pages, strict=True):
+            for name in ("coded_key", "coded_value"):
+                state[name] = state[name].clone()
+            for number, data in held.items():
+                page = torch.frombuffer(bytearray.fromhex(data), dtype=torch.uint8)
+                page = page.view(1, -1, self.fmt.page_bytes)
+                begin = int(number) * BLOCK
+                block = slice(begin, begin + BLOCK)
+                decoded = decode_pages(page, self.fmt, torch.tensor([begin == 0]))
+                for name, found in zip(("coded_key", "coded_value"), decoded):
+                    known = state[name][block]
+                    worst = max(worst, float((found[0] - known).norm() / known.norm()))
+                    state[name][block] = found[0]
+        return donor, worst
+
     def _ring_start(self) -> int:
         """First position that is read from the ring: the window; else the open block."""
         if self.fmt.config.window:

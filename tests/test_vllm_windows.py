@@ -8,6 +8,7 @@ independently (see ``replay``). The engines share one process (see ``vllm_engine
 from __future__ import annotations
 
 import pytest
+import tolerances
 from replay import Replay
 from test_vllm_int2 import close, compare, kernels
 from test_vllm_lossless import LOSSLESS, NAN, TOLERANCE, assert_same
@@ -127,24 +128,40 @@ def test_a_window_of_one_token_more_shows(start, prompts, auto, model):
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k == "cpu" else pytest.mark.slow) for k in kernels()])
 def test_a_preset(engine_host, text, models, model, kind):
-    """Chunks that begin anywhere, and decodes that complete blocks."""
+    """Chunks that begin anywhere, decodes that complete blocks, and prefix hits.
+
+    An element of a donor at an edge is rounded to either side, and later chunks and layers multiply that; all hits
+    read it. So they are replayed on the pages that the engine has, and these are compared with the replay's.
+    """
     engine_host.start(
         "oscar",
         env={"VLLM_OSCAR_KERNELS": kind},
         model=models(model),
         max_model_len=LENGTH,
-        enable_prefix_caching=False,
+        enable_prefix_caching=True,
         max_num_batched_tokens=200,
+        **DENSE,
     )
     replay = Replay(models(model), "oscar")
     prompts = [text(n, at=1000 + 700 * i) for i, n in enumerate((130, 384, 600))]
     found = engine_host.run(prompts, max_tokens=8)
     assert any(context % 128 and tokens > 1 for result in found for context, tokens in result["chunks"])
-    comparisons, _ = compare(kind, replay, prompts, found)
+    comparisons, states = compare(kind, replay, prompts, found)
     assert close(comparisons)
 
     growing = [text(250, at=5000)]
     comparisons, _ = compare(kind, replay, growing, engine_host.run(growing, max_tokens=135))
+    assert close(comparisons)
+
+    shared, donors = [prompts[2][:n] + text(90, at=9000)[1:] for n in (400, 599)], {}
+    for number, prompt in enumerate(shared):
+        pages = engine_host.inside("engine_pages", "of_prefix", prompt)
+        donors[number], difference = replay.with_pages(states[2], pages)
+        print("pages", kind, f"{difference:.1e}")
+        assert difference < tolerances.INT2_PAGES
+    found = engine_host.run(shared, max_tokens=8)
+    assert [result["cached"] for result in found] == [384, 512]
+    comparisons, _ = compare(kind, replay, shared, found, donors)
     assert close(comparisons)
 
 

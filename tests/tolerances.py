@@ -38,3 +38,7 @@ TRITON = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 # The CPU kernels' rounding, 1e-4 of the attention's output in each layer, moves more values over edges: here by up
 # to 2e-2, and 9e-4 in the median.
 INT2_LOGPROBS = {"reference": (1e-2, 3e-4), "cpu": (5e-2, 2e-3)}
+
+# Pages in a running engine's cache, decoded, against that computation: the norm of a page's difference by the page's.
+# Codes and scales at edges, which later layers and chunks multiply, made up to 3e-2 here; another page makes 1.
+INT2_PAGES = 6e-2
