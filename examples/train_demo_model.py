@@ -38,7 +38,7 @@ run side by side on one GPU.
 
     # lab-windows: gpt-oss layout, windows of 128 tokens in layers 0, 2, 4, sinks; 8 query heads on 2 KV heads of 64
     python train_demo_model.py train models/lab-windows --tokenizer TOK --sliding-window 128 --layers 6 --hidden 384 \\
-        --heads 8 --kv-heads 2 --head-dim 64 --intermediate 512 --minutes 2.3
+        --heads 8 --kv-heads 2 --head-dim 64 --intermediate 512 --workers 8 --minutes 4.5
 
 Timings on one H200 with 16 CPU cores: `prepare` 18 s.  stage1, lab-qk128 and lab-64 ran side by side for the 6.8
 minutes given, 428, 204 and 261 million tokens; the first 20 s of these went into compiling, the measurements after

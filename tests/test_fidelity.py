@@ -202,11 +202,13 @@ def test_models_with_windows(layout, tokens):
     with torch.no_grad():
         expected = model("eager").model(input_ids=tokens, use_cache=False).last_hidden_state
     torch.testing.assert_close(lab.hidden(tokens, None), expected, atol=2e-4, rtol=2e-4)
-    both, full, windows = methods.windows()
-    errors = measures.layers(lab, [both, full, windows], tokens[0])
+    both, full, windows, paged = methods.windows()
+    errors = measures.layers(lab, [both, full, windows, paged], tokens[0])
     assert [r["error"] > 1e-3 for r in errors[both.name]] == [True, True]
     assert [r["error"] > 1e-3 for r in errors[full.name]] == [False, True]
     assert [r["error"] > 1e-3 for r in errors[windows.name]] == [True, False]
+    assert errors[paged.name][0]["error"] > 2 * errors[windows.name][0]["error"]
+    assert errors[paged.name][1]["error"] < 1e-3
     hidden = {m.name: lab.hidden(tokens, m) for m in (both, full, windows)}
     assert all((hidden[name] - expected).norm() > 1e-3 * expected.norm() for name in hidden)
     assert not torch.equal(hidden[both.name], hidden[full.name])

@@ -282,12 +282,23 @@ def _ablations() -> list[Method]:
 
 
 def windows() -> list[Method]:
-    """What sliding windows lose: the default preset in all layers, in full ones and in those with windows alone."""
+    """What sliding windows lose: the default preset in all layers, in full ones and in those with windows alone.
+
+    The preset's own window holds sliding windows of up to 256 tokens in 8 bits. The last method reads them from
+    pages as far as blocks are full, as a request does right after a prefix hit.
+    """
     best = oscar(PRESETS["oscar"], "OScaR")
+    paged = oscar(replace(PRESETS["oscar"], window=0), "OScaR")
+
+    def part(method: Method, name: str, layers: str, definition: str) -> Method:
+        definition, note = f"{method.definition} {definition}", f"bytes of layers that are quantized, the {layers} ones"
+        return replace(method, name=name, layers=layers, definition=definition, note=note)
+
     return [
         best,
-        replace(best, name=SKIP_WINDOWS, layers="full", definition=best.definition + " full layers"),
-        replace(best, name="oscar:windows alone", layers="sliding", definition=best.definition + " windows"),
+        part(best, SKIP_WINDOWS, "full", "full layers"),
+        part(best, "oscar:windows alone", "sliding", "windows"),
+        part(paged, "oscar:windows alone, from pages", "sliding", "windows"),
     ]
 
 
