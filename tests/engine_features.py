@@ -32,8 +32,11 @@ def ignored_windows(folder: str) -> None:
     save(Path(folder), Qwen3ForCausalLM(Qwen3Config(**COMMON | shape, layer_types=layers)))
 
 
-def adapter(folder: str) -> None:
-    """A LoRA adapter of the demo model: random, and large enough to change every answer."""
+def adapter(folder: str, broken: str = "0") -> None:
+    """A LoRA adapter of the demo model: random, and large enough to change every answer.
+
+    ``broken``: a number, ``nan`` or ``inf``, added to some weights of every matrix.
+    """
     import torch
     from safetensors.torch import save_file
 
@@ -46,6 +49,8 @@ def adapter(folder: str) -> None:
             start = f"base_model.model.model.layers.{layer}.self_attn.{name}"
             weights[f"{start}.lora_A.weight"] = torch.randn(8, hidden, generator=generator) * 0.1
             weights[f"{start}.lora_B.weight"] = torch.randn(size, 8, generator=generator) * 0.1
+            for side in ("A", "B"):
+                weights[f"{start}.lora_{side}.weight"][3] += float(broken)
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(weights, Path(folder) / "adapter_model.safetensors")
     settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": list(outputs), "bias": "none"}

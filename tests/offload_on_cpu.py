@@ -18,6 +18,9 @@ from vllm.v1.simple_kv_offload import worker as simple
 class LateCopies(OffloadingWorker):
     """For the ``OffloadingConnector``; one block a chunk."""
 
+    loads = True
+    """Whether the host can be read."""
+
     def __init__(self, caches, chunks: int) -> None:
         self.groups = caches.group_data_refs
         self.device = [cache.tensor.view(torch.int8) for cache in caches.tensors]
@@ -30,7 +33,7 @@ class LateCopies(OffloadingWorker):
 
     def submit_load(self, job_id, src_spec, dst_spec) -> bool:
         self.jobs[job_id] = False, dst_spec, src_spec
-        return True
+        return self.loads
 
     def _copy(self, store: bool, blocks, chunks) -> None:
         assert len(blocks.block_ids) == len(chunks.block_ids)
@@ -113,3 +116,8 @@ def install() -> None:
 
     CPUOffloadingSpec.get_worker = get_worker
     simple.DmaCopyBackend, simple.torch = _SimpleCopies, _Torch()
+
+
+def let_loads_fail(fail: bool) -> None:
+    """Whether from now on nothing can be read from the host."""
+    LateCopies.loads = not fail

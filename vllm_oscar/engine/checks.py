@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 
 from vllm import envs as vllm_envs
 
@@ -23,6 +24,8 @@ logger = logging.getLogger("vllm.oscar")
 
 MIXED_LAYOUT = "BLHNC"
 """vLLM's KV-cache layout in which layers' pages lie side by side in a block and may differ in size."""
+
+SHARED_MEMORY = "/dev/shm"
 
 _HEAD_DIMS = ", ".join(map(str, SUPPORTED_HEAD_DIMS))
 _PREFIX_LM = (
@@ -50,6 +53,7 @@ def check_config(vllm_config) -> None:
     device = vllm_config.device_config.device_type
     if device not in ("cpu", "cuda"):
         _refuse(dtype, f"the device {device}", "use an NVIDIA GPU or a CPU, or --kv-cache-dtype auto")
+    _check_host_memory(vllm_config, device)
     _check_environment()
     _check_parallelism(vllm_config.parallel_config, dtype)
     _check_speculation(vllm_config, dtype)
@@ -145,6 +149,34 @@ def _check_offloading(cache, transfer, dtype: str) -> None:
     lacking = symbols.missing(symbols.OFFLOADING)
     if lacking and name == "OffloadingConnector":
         _refuse(dtype, f"KV-cache offloading with this vLLM: {lacking}", "set VLLM_USE_SIMPLE_KV_OFFLOAD=1")
+
+
+def _check_host_memory(vllm_config, device: str) -> None:
+    """Refuse to offload to more host memory than there is, before a worker dies of it.
+
+    vLLM's own connector maps it in ``/dev/shm`` on a GPU, one region for all workers of a machine.
+    """
+    cache, transfer = vllm_config.cache_config, vllm_config.kv_transfer_config
+    if cache.kv_offloading_size is not None:
+        setting, asked = "--kv-offloading-size", cache.kv_offloading_size
+        simple = getattr(vllm_envs, "VLLM_USE_SIMPLE_KV_OFFLOAD", False)
+    elif transfer is not None:
+        setting = "cpu_bytes_to_use of --kv-transfer-config"
+        asked = float(transfer.kv_connector_extra_config.get("cpu_bytes_to_use") or 0) / (1 << 30)
+        simple = transfer.kv_connector == "SimpleCPUOffloadConnector"
+    else:
+        return
+    place, remedy, there = "memory", "", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device == "cuda" and not simple and os.path.isdir(SHARED_MEMORY):
+        free = shutil.disk_usage(SHARED_MEMORY).free
+        if free < there:
+            place, there = f"room in {SHARED_MEMORY}", free
+            remedy = f", or enlarge {SHARED_MEMORY} (Docker: --shm-size)"
+    if asked * (1 << 30) > there:
+        raise UnsupportedByOscar(
+            f"{setting} asks for {asked:.1f} GiB, but this machine has {there / (1 << 30):.1f} GiB of {place}; "
+            f"lower it{remedy}"
+        )
 
 
 def _check_parallelism(parallel, dtype: str) -> None:

@@ -84,6 +84,7 @@ def apply() -> None:
         patch_attention_layer()
         patch_offloading()
         patch_drafter()
+        refuse_unknown_presets()  # last: refuse_dtypes() wraps the same method if anything before fails
     except Exception as error:  # whatever a changed vLLM raises
         raise _incompatible(f"{type(error).__name__}: {error}") from error
 
@@ -124,6 +125,22 @@ def refuse_dtypes(sentence: str) -> None:
         raise AttributeError("EngineArgs has no kv_cache_dtype")
     _wrap_once(EngineArgs, "create_engine_config", wrapper)
     register_dtypes()
+
+
+def refuse_unknown_presets() -> None:
+    """Answer a preset that is not, or no longer, one of ours with a sentence, where ``LLM`` shows pydantic's error."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def wrapper(original):
+        def create_engine_config(self, *args, **kwargs):
+            dtype = self.kv_cache_dtype
+            if isinstance(dtype, str) and dtype.startswith("oscar") and dtype not in PRESETS:
+                raise UnsupportedByOscar(f"--kv-cache-dtype {dtype} is no preset; choose one of {', '.join(PRESETS)}")
+            return original(self, *args, **kwargs)
+
+        return create_engine_config
+
+    _wrap_once(EngineArgs, "create_engine_config", wrapper)
 
 
 def register_environment() -> None:
