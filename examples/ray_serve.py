@@ -8,7 +8,8 @@ Nothing here is special but ``kv_cache_dtype``: the plugin is loaded by vLLM in 
 over the replicas and starts a replica that died again. A request that was with it fails, as with any server; clients
 repeat it (the ``openai`` client does so twice by itself, before anything was streamed).
 
-Everything binds 127.0.0.1. Without a GPU the replicas ask Ray for CPUs.
+HTTP binds 127.0.0.1. Without a GPU the replicas ask Ray for CPUs. It takes two minutes on two quiet cores until it
+answers, ten on busy ones: each of Ray's processes imports vLLM for itself.
 """
 
 from __future__ import annotations

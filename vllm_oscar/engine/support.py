@@ -242,6 +242,14 @@ FEATURES = (
     Feature("tools", "`LLM.generate`, `LLM.chat`", TESTED, TRIED, "", _ENTRY + "generate_and_chat"),
     Feature("tools", "`vllm bench`", TESTED, UNRUN, "", _ENTRY + "bench_throughput"),
     Feature("tools", "`ray.data.llm`", TESTED, UNRUN, "", _ENTRY + "ray_data"),
+    Feature(
+        "tools",
+        "`ray.serve.llm`",
+        TESTED,
+        UNRUN,
+        "",
+        "test_ray.py::test_replicas_serve_one_address_and_a_killed_one_comes_back",
+    ),
 )
 
 
