@@ -7,8 +7,12 @@ One slow test serves the demo model.
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import signal
 import socket
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -289,6 +293,27 @@ def test_a_failed_request_is_told_and_its_point_measured_again(tmp_path, monkeyp
     monkeypatch.setattr("vllm_oscar.tools.bench.sweep.run", again)
     (sentence,) = cli._measure(sweep)
     assert sentence.startswith("oscar: 1 requests of 8k-1k-c4 failed, see")
+
+
+def test_a_signal_for_the_process_group_leaves_the_sweep_time_to_end_its_server(tmp_path):
+    sweep_script = tmp_path / "sweep"  # ends its server when it is interrupted, as vLLM's does
+    sweep_script.write_text(
+        "import pathlib, time\nprint('[END BENCHMARK]', flush=True)\n"
+        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    pathlib.Path('ended').touch()\n"
+    )
+    program = (
+        "import pathlib, signal, sys\nfrom vllm_oscar.tools.bench import sweep\n"
+        "sweep.executable = lambda command: [sys.executable, 'sweep']\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        "for event in sweep.run([], pathlib.Path('log')):\n    print(event, flush=True)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=tmp_path, start_new_session=True, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "('end', '')\n"
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 143
+    assert (tmp_path / "ended").exists()
 
 
 def test_other_settings_are_refused_in_a_folder_with_measurements(tmp_path):
