@@ -247,8 +247,8 @@ def run(command: list[str], log: Path) -> Iterator[tuple[str, str]]:
     point, also one that is skipped). Raises ``RuntimeError`` with the last error of the output if the command fails.
     """
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    # In a session of its own: a signal for our whole process group, as `timeout` sends it, would end the sweep before it
-    # ends its server, which is in another session and would keep memory and port.
+    # In a session of its own: a signal for our whole process group, as `timeout` sends it, would end the sweep before
+    # it ends its server, which is in another session and would keep memory and port.
     process = subprocess.Popen(
         executable(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
         env=environment, bufsize=1, start_new_session=True,
