@@ -60,12 +60,13 @@ def test_each_symbol_in_turn():
             assert found["oscar"] == "UnsupportedByOscar" + line.removeprefix("WARNING")
 
 
-def test_an_engine_serves_without_them():
+@pytest.mark.parametrize(
+    "name", ["CircularBufferManager", pytest.param("check_and_update_config", marks=pytest.mark.slow)]
+)
+def test_an_engine_serves_without(name):
     """Of the scheduler's side and of the platform's."""
-    found = outcomes("--engine", "--only", "CircularBufferManager", "check_and_update_config")
-    assert len(found) == 2
-    for each in found:
-        assert len(each["tokens"]) == 4 and each["oscar"].startswith("UnsupportedByOscar")
+    (found,) = outcomes("--engine", "--only", name)
+    assert len(found["tokens"]) == 4 and found["oscar"].startswith("UnsupportedByOscar")
 
 
 def test_each_parameter_field_and_attribute_in_turn():

@@ -91,6 +91,7 @@ def test_generate_and_chat(output):
         assert "8302914" in found[0]
 
 
+@pytest.mark.slow  # the server's tests run `vllm bench serve` every day
 def test_bench_throughput(output, folder):
     output["test_bench_throughput"].result()
     found = json.loads((folder / "throughput.json").read_text())

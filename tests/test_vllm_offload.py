@@ -122,6 +122,7 @@ def test_everything_together(host, text, connector):
     assert state["free"] == 43
 
 
+@pytest.mark.slow
 def test_the_host_holds_five_times_as_many_tokens(host):
     held = {}
     for dtype in ("auto", "oscar"):

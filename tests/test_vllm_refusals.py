@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import textwrap
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -709,27 +708,22 @@ def test_an_impl_with_an_unsupported_argument(arguments, what):
 
 # ---- how a refusal reaches the user ------------------------------------------------------
 VLLM = str(Path(sys.executable).with_name("vllm"))
-ARGUMENTS = ["--kv-cache-dtype", "oscar", "--block-size", "64"]
+COMMANDS = {
+    "serve": ["serve", str(MODEL)],
+    "LLM": ["bench", "throughput", "--model", str(MODEL), "--input-len", "8", "--output-len", "8"],  # calls LLM(...)
+}
 
 
-def test_a_refusal_is_a_line_and_not_a_traceback():
-    """Of the server, and of ``LLM(...)``, which the benchmark calls."""
-    commands = (
-        [VLLM, "serve", str(MODEL), *ARGUMENTS],
-        [VLLM, "bench", "throughput", "--model", str(MODEL), "--input-len", "8", "--output-len", "8", *ARGUMENTS],
-    )
-
-    def run(command):
-        env = environment(VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_CPU_KVCACHE_SPACE="1")
-        return subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
-
-    with ThreadPoolExecutor(2) as pool:
-        for result in pool.map(run, commands):
-            assert result.returncode == 1
-            assert "Traceback" not in result.stdout + result.stderr
-            name, sentence = result.stderr.splitlines()[-1].split(": ", 1)
-            assert name == "vllm-oscar"
-            assert_sentence(sentence, "--block-size 64", "--block-size 128")
+@pytest.mark.parametrize("way", ["serve", pytest.param("LLM", marks=pytest.mark.slow)])
+def test_a_refusal_is_a_line_and_not_a_traceback(way):
+    command = [VLLM, *COMMANDS[way], "--kv-cache-dtype", "oscar", "--block-size", "64"]
+    env = environment(VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_CPU_KVCACHE_SPACE="1")
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stdout + result.stderr
+    name, sentence = result.stderr.splitlines()[-1].split(": ", 1)
+    assert name == "vllm-oscar"
+    assert_sentence(sentence, "--block-size 64", "--block-size 128")
 
 
 def test_tracebacks_of_others_and_at_debug_level_remain(monkeypatch, capsys):
