@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.colors import LogNorm  # noqa: E402
 
-from .methods import MAIN, PARTS  # noqa: E402
+from .methods import MAIN, PARTS, windows  # noqa: E402
 from .records import Records, by_settings  # noqa: E402
 
 _COLOURS = {
@@ -38,8 +38,11 @@ def write(records: Records, folder: Path) -> list[Path]:
 
 
 def _pareto(records: Records, models: list[str]):
-    """Bits per element against divergence, with the front of the best."""
-    panels = [part for model in models for part in by_settings(records.current("text", model=model))]
+    """Bits per element against divergence, with the front of the best: of what quantizes all layers."""
+    partial = {method.name for method in windows() if method.layers != "all"}
+    measured = [part for model in models for part in by_settings(records.current("text", model=model))]
+    panels = [[record for record in part if record["method"] not in partial] for part in measured]
+    panels = [part for part in panels if len(part) > 1]
     if not panels:
         return None
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.8), squeeze=False)
