@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import socket
 import statistics
 import subprocess
@@ -81,7 +80,8 @@ def main() -> None:
     for unit in ("clock", "processors"):
         auto, oscar = (statistics.median(found[unit] for found in starts[dtype]) for dtype in starts)
         print(f"{unit}: auto {auto:.1f} s, oscar {oscar:.1f} s, {oscar - auto:+.1f} s")
-    record = {"device": platform.processor() or platform.machine(), "cores": os.cpu_count(), "vllm": vllm.__version__}
+    names = (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+    record = {"device": f"{next(names, 'a processor')}, {os.cpu_count()} cores", "vllm": vllm.__version__}
     record |= {"torch": torch.__version__, "load": os.getloadavg()[0], "model": Path(arguments.model).name}
     if arguments.json:
         arguments.json.write_text(json.dumps(record | {"starts": starts}, indent=1) + "\n")
