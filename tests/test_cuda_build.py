@@ -162,16 +162,22 @@ def sources() -> list:
 @pytest.mark.parametrize("source, arch, define", sources())
 def test_no_spills_and_registers_within_budget(source, arch, define, tmp_path):
     kernels = compile_cubin(source, arch, tmp_path / "out.cubin", *define.split())
-    assert kernels
-    # With sixteen query rows or 256 channels the compiler for sm_120 finds no place for up to a dozen values.
+    tiles = {name: int(found[1]) for name in kernels if (found := re.search(r"decode_kernel.*Li(\d)ELb\dEEEv", name))}
+    assert sum("decode" in name for name in kernels) == len(tiles) and (tiles or source == "store.cu") and kernels
+    # With sixteen query rows (two tiles) or 256 channels the compiler for sm_120 finds no place for up to a dozen
+    # values; with sixteen rows that for sm_100 for one, in a few kernels, which write and read it once.
     for name, (registers, spilled) in kernels.items():
-        tight = arch == "120" and (source in ("attention_256.cu", "store.cu") or "Li2EEEv" in name)
-        assert spilled <= (128 if tight else 0), f"{name} spills {spilled} bytes"
+        allowed = 0
+        if arch == "120" and (source in ("attention_256.cu", "store.cu") or tiles.get(name) == 2):
+            allowed = 128
+        elif arch == "100" and source == "attention_128.cu" and tiles.get(name) == 2:
+            allowed = 8
+        assert spilled <= allowed, f"{name} spills {spilled} bytes"
         if source == "store.cu":
             assert registers <= 85, name  # three blocks a multiprocessor, for which it has memory at head size 128
-        elif "decode" not in name:
+        elif name not in tiles:
             assert registers <= (72 if arch == "100" else 64), name
-        elif source == "attention_128.cu" and "Li1EEEv" in name and arch in ("80", "90a"):
+        elif source == "attention_128.cu" and tiles[name] == 1 and arch in ("80", "90a"):
             assert registers <= 168, name  # twelve warps a block
 
 
