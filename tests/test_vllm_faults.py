@@ -199,8 +199,9 @@ def bombard(server: Server, path: str, mode: str, count: int) -> dict[bytes, int
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_hostile_requests_change_nothing(tmp_path, text):
-    """Hundreds of them. A 500 is vLLM's own if ``auto`` gives it, too."""
+    """More than a thousand of them. A 500 is vLLM's own if ``auto`` gives it, too."""
     common = ("--max-model-len", "384", "--max-num-seqs", "16")
     statuses = {}
     with serving(tmp_path / "oscar", "--kv-cache-dtype", "oscar", *common, VLLM_MAX_N_SEQUENCES="8") as server:
