@@ -275,9 +275,13 @@ def main(
         name, spec, answer = json.loads(job)
         Path(answer).write_text(json.dumps({"reference": reference, "soak": soak}[name](spec)))
         return
+    sys.path.insert(0, str(ROOT))
+    from vllm_oscar.tools.bench import scrape
+
+    where = {"device": scrape.device(), **scrape.stamp()}
     results, failed = [], False
     for result in run(requests, seed, [(drafts, offload) for offload in (False, True) for drafts in (False, True)]):
-        results.append(result)
+        results.append(where | result)
         found = problems(result)
         failed |= bool(found)
         console.print_json(json.dumps(result | {"problems": found}))
