@@ -149,8 +149,8 @@ def test_a_preset(engine_host, text, models, model, kind):
     comparisons, states = compare(kind, replay, prompts, found)
     assert close(comparisons)
 
-    growing = [text(250, at=5000)]
-    comparisons, _ = compare(kind, replay, growing, engine_host.run(growing, max_tokens=135))
+    growing = [text(n, at=5000) for n in (250, 375)]
+    comparisons, _ = compare(kind, replay, growing, engine_host.run(growing, max_tokens=24))
     assert close(comparisons)
 
     shared, donors = [prompts[2][:n] + text(90, at=9000)[1:] for n in (400, 599)], {}
