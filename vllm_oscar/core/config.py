@@ -137,7 +137,7 @@ PRESETS: dict[str, OscarConfig] = {
 MEASURED_LOSS: dict[str, tuple[float, float]] = {
     "oscar": (0.07, 0.08),
     "oscar_small": (0.19, 0.21),
-    "oscar_large": (0.05, 0.05),
+    "oscar_large": (0.04, 0.05),
     "oscar_4bit": (0.02, 0.02),
     "oscar_paper": (1.0, 1.0),
 }
