@@ -12,10 +12,11 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import openai
+import psutil
 from vllm_engine import MODEL, environment
 
 VLLM = str(Path(sys.executable).with_name("vllm"))
@@ -88,11 +89,14 @@ def serving(log: Path, *options: str, port: int | None = None, seconds: float = 
                 time.sleep(0.5)
         yield server
     finally:
+        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         process.terminate()
         try:
             process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        except subprocess.TimeoutExpired:  # its engine would outlive it
+            for child in [*children, process]:
+                with suppress(psutil.NoSuchProcess, ProcessLookupError):
+                    child.kill()
 
 
 def recall(server: Server) -> dict[str, str]:
