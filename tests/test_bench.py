@@ -308,7 +308,11 @@ def test_a_signal_for_the_process_group_leaves_the_sweep_time_to_end_its_server(
         "for event in sweep.run([], pathlib.Path('log')):\n    print(event, flush=True)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=tmp_path, start_new_session=True, stdout=subprocess.PIPE, text=True
+        ["sh", "-c", "trap '' INT; exec \"$0\" -c \"$1\"", sys.executable, program],  # as a shell's background job
+        cwd=tmp_path,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout.readline() == "('end', '')\n"
     os.killpg(process.pid, signal.SIGTERM)

@@ -18,7 +18,8 @@ from window_models import MODELS, SLIDING
 WINDOWS = {"gemma3": 200, "gpt_oss": 128, "gemma2": 192}
 # Usable blocks with which three requests of 380 tokens run until one needs a fourth page. Each takes 11 for the ring of
 # each pair of KV-cache groups (6, 2 and 2 pairs), 4 for the pages of full layers and 2 to 3 for those of windows.
-SCARCE = {"gemma3": 253, "gpt_oss": 83, "gemma2": 85}
+# Of gemma3 six less than that: how long its requests overlap depends on the prompts, which are of Python's library.
+SCARCE = {"gemma3": 247, "gpt_oss": 83, "gemma2": 85}
 LENGTH = 1100
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
 # By default vLLM keeps a window's pages only where prompts end or part.
@@ -149,7 +150,7 @@ def test_a_preset(engine_host, text, models, model, kind):
     comparisons, states = compare(kind, replay, prompts, found)
     assert close(comparisons)
 
-    growing = [text(n, at=5000) for n in (250, 375)]
+    growing = [text(n, at=5000 + n) for n in (250, 375)]
     comparisons, _ = compare(kind, replay, growing, engine_host.run(growing, max_tokens=24))
     assert close(comparisons)
 

@@ -240,6 +240,10 @@ def _name(overrides: str) -> str:
     return str(ast.literal_eval(overrides).get("_benchmark_name", "")) if overrides.startswith("{") else overrides
 
 
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run(command: list[str], log: Path) -> Iterator[tuple[str, str]]:
     """Run a command, append its output to ``log`` and yield ``(event, text)`` as it works.
 
@@ -248,10 +252,11 @@ def run(command: list[str], log: Path) -> Iterator[tuple[str, str]]:
     """
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     # In a session of its own: a signal for our whole process group, as `timeout` sends it, would end the sweep before
-    # it ends its server, which is in another session and would keep memory and port.
+    # it ends its server, which is in another session and would keep memory and port. A shell's background job ignores
+    # interrupts and its children inherit that: the sweep must not.
     process = subprocess.Popen(
         executable(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        env=environment, bufsize=1, start_new_session=True,
+        env=environment, bufsize=1, start_new_session=True, preexec_fn=_heed_interrupts,
     )  # fmt: skip
     last: list[str] = []
     try:
