@@ -289,8 +289,8 @@ __global__ void __launch_bounds__(32 * decode_warps(Layout::kHeadDim, NTiles, kC
           for (int n = 0; n < NTiles; ++n) query[n].load(query_row(n), lane);
         }
       }
-      attend_in_flight<Layout, NTiles, Plain>(max(now.unit, now.request.ring), shared.end(), now, p, scale_log2, buffer, next,
-                                       query, acc, lane);
+      const int begin = max(now.unit, now.request.ring);
+      attend_in_flight<Layout, NTiles, Plain>(begin, shared.end(), now, p, scale_log2, buffer, next, query, acc, lane);
     }
 
     // Read again what the registers had no room for.
