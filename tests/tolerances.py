@@ -24,7 +24,7 @@ CPU = {torch.float32: 2e-4, torch.bfloat16: 3e-3, torch.float16: 5e-4}
 # The CUDA kernels round queries times key scales to fp16, so errors grow with the scores. Of the worst output row:
 CUDA = {torch.float16: 6e-3, torch.bfloat16: 1e-2}
 # Over a matrix with thousands of rows: CUDA bounds 99 % of a case's rows; and these the root mean square of all and the
-# worst one. That one is of oscar_4bit: codes up to 15 and a zero far from 0 double what rounding the query costs.
+# worst one, which was of oscar_4bit, probably because its codes go to 15 and its zeros lie far from 0.
 CUDA_RMS = {torch.float16: 2.5e-3, torch.bfloat16: 5e-3}
 CUDA_WORST_OF_MANY = 1e-2
 
