@@ -23,6 +23,9 @@ from pathlib import Path
 
 import psutil
 
+from vllm_oscar.tools.bench import scrape
+from vllm_oscar.tools.bench.sweep import script
+
 DEMO = Path(__file__).resolve().parent.parent / "examples" / "demo_model"
 
 
@@ -39,7 +42,7 @@ def start(model: str, dtype: str) -> dict:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        str(Path(sys.executable).with_name("vllm")), "serve", model, "--host", "127.0.0.1", "--port", str(port),
+        *script("vllm", "vllm.entrypoints.cli.main"), "serve", model, "--host", "127.0.0.1", "--port", str(port),
         "--kv-cache-dtype", dtype, "--kv-cache-memory-bytes", str(1 << 28), "--max-model-len", "1024",
         "--enforce-eager",
     ]  # fmt: skip
@@ -64,7 +67,6 @@ def start(model: str, dtype: str) -> dict:
 
 
 def main() -> None:
-    import torch
     import vllm
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -80,9 +82,8 @@ def main() -> None:
     for unit in ("clock", "processors"):
         auto, oscar = (statistics.median(found[unit] for found in starts[dtype]) for dtype in starts)
         print(f"{unit}: auto {auto:.1f} s, oscar {oscar:.1f} s, {oscar - auto:+.1f} s")
-    names = (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-    record = {"device": f"{next(names, 'a processor')}, {os.cpu_count()} cores", "vllm": vllm.__version__}
-    record |= {"torch": torch.__version__, "load": os.getloadavg()[0], "model": Path(arguments.model).name}
+    record = {"device": scrape.device(), **scrape.stamp(), "vllm": vllm.__version__}
+    record |= {"load": os.getloadavg()[0], "model": Path(arguments.model).name}
     if arguments.json:
         arguments.json.write_text(json.dumps(record | {"starts": starts}, indent=1) + "\n")
 

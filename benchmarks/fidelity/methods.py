@@ -339,6 +339,11 @@ def registry() -> dict[str, Method]:
     return {method.name: method for method in [*_foreign(), *presets, *_ablations()]}
 
 
+def known() -> dict[str, Method]:
+    """All that a record may name: of the registry, and those of sliding windows, which other models do not have."""
+    return registry() | {method.name: method for method in windows()}
+
+
 MAIN = (
     "bf16 fp8 int4 turboquant_4bit_nc turboquant_k3v4_nc turboquant_3bit_nc kivi quarot "
     "oscar_paper oscar oscar_small oscar_large oscar_4bit"

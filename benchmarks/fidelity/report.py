@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from . import plots, quiz
-from .methods import MAIN, registry, windows
+from .methods import MAIN, known
 from .records import Records, by_settings
 
 
@@ -194,8 +194,7 @@ def markdown(records: Records) -> str:
             parts.append(f"## {model}: recall through vLLM\n\n{head}\n\n{_table(_recall_rows(recall))}")
         parts += _generated_tables(records, model)
     measured = {r["method"] for r in records.all}
-    known = [*registry().values(), *windows()]
-    notes = [f"- {m.name}: {m.note}" for m in known if m.note and m.name in measured]
+    notes = [f"- {m.name}: {m.note}" for m in known().values() if m.note and m.name in measured]
     if notes:
         parts.append("## Notes\n\n" + "\n".join(notes))
     return "\n\n".join(parts) + "\n"

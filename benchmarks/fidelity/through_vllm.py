@@ -61,8 +61,7 @@ def chosen(plan: Plan | Generation, *names: str) -> dict:
 
 def new_record(path: str, dtype: str, llm, measure: str, settings: dict) -> dict:
     """``dtype``: a KV-cache dtype of vLLM's, a preset, or the one of :data:`methods.SKIP_WINDOWS`."""
-    known = methods.registry() | {m.name: m for m in methods.windows()}
-    method = known[dtype] if dtype in (*PRESETS, methods.SKIP_WINDOWS, "fp8") else None
+    method = methods.known()[dtype] if dtype in (*PRESETS, methods.SKIP_WINDOWS, "fp8") else None
     head_dim = llm.llm_engine.vllm_config.model_config.get_head_size()
     record = Records.new(Path(path).name, method, head_dim, f"{measure} through vLLM", settings) | {"origin": origin()}
     return record if method else record | {"method": dtype}

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import os
 import re
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -105,6 +106,21 @@ def _wrap_once(owner: type, name: str, wrapper) -> None:
     setattr(owner, name, kind(wrapped) if kind else wrapped)
 
 
+def _refuse_where(sentence: Callable[[object], str | None]) -> None:
+    """Refuse a ``--kv-cache-dtype`` that has a ``sentence``, where every entry point makes its configuration."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def wrapper(original):
+        def create_engine_config(self, *args, **kwargs):
+            if refusal := sentence(self.kv_cache_dtype):
+                raise UnsupportedByOscar(refusal)
+            return original(self, *args, **kwargs)
+
+        return create_engine_config
+
+    _wrap_once(EngineArgs, "create_engine_config", wrapper)
+
+
 def refuse_dtypes(sentence: str) -> None:
     """Instead of :func:`apply`: who chooses one of our dtypes is told why it cannot be had.
 
@@ -113,34 +129,21 @@ def refuse_dtypes(sentence: str) -> None:
     """
     from vllm.engine.arg_utils import EngineArgs
 
-    def wrapper(original):
-        def create_engine_config(self, *args, **kwargs):
-            if self.kv_cache_dtype in PRESETS:
-                raise UnsupportedByOscar(sentence)
-            return original(self, *args, **kwargs)
-
-        return create_engine_config
-
     if "kv_cache_dtype" not in EngineArgs.__dataclass_fields__:
         raise AttributeError("EngineArgs has no kv_cache_dtype")
-    _wrap_once(EngineArgs, "create_engine_config", wrapper)
+    _refuse_where(lambda dtype: sentence if dtype in PRESETS else None)
     register_dtypes()
 
 
 def refuse_unknown_presets() -> None:
     """Answer a preset that is not, or no longer, one of ours with a sentence, where ``LLM`` shows pydantic's error."""
-    from vllm.engine.arg_utils import EngineArgs
 
-    def wrapper(original):
-        def create_engine_config(self, *args, **kwargs):
-            dtype = self.kv_cache_dtype
-            if isinstance(dtype, str) and dtype.startswith("oscar") and dtype not in PRESETS:
-                raise UnsupportedByOscar(f"--kv-cache-dtype {dtype} is no preset; choose one of {', '.join(PRESETS)}")
-            return original(self, *args, **kwargs)
+    def sentence(dtype: object) -> str | None:
+        if isinstance(dtype, str) and dtype.startswith("oscar") and dtype not in PRESETS:
+            return f"--kv-cache-dtype {dtype} is no preset; choose one of {', '.join(PRESETS)}"
+        return None
 
-        return create_engine_config
-
-    _wrap_once(EngineArgs, "create_engine_config", wrapper)
+    _refuse_where(sentence)
 
 
 def register_environment() -> None:
