@@ -111,12 +111,13 @@ def test_the_commands_of_a_dry_run_are_ones_that_vllm_reads(tmp_path):
 
     vllm_oscar.engine.plugin.register()  # as vLLM does, so that it knows our dtypes
     result = bench(MODEL, "--dry-run", "--kv-cache-dtype", "auto,oscar", "--scale", "1/32", "--kv-memory", "64MiB",
-                   "--offline", "--out", tmp_path, "--port", 8123, "-tp", 2, "--", "--enforce-eager")  # fmt: skip
+                   "--offline", "8k-1k:8,1k-2k", "--out", tmp_path, "--port", 8123, "-tp", 2,
+                   "--", "--enforce-eager")  # fmt: skip
     assert result.exit_code == 0, result.output
     commands = [shlex.split(line) for line in result.output.splitlines() if line and not line.startswith("#")]
     points = sum(len(workload.concurrency) for workload in WORKLOADS.values())
-    fixed = sum(workload.kind == "random" for workload in WORKLOADS.values())
-    assert len(commands) == 2 * (1 + points + 1 + fixed) + 1  # a server, its points, its sweep, batches; plot_pareto
+    batches = 1 + len(WORKLOADS["1k-2k"].concurrency)
+    assert len(commands) == 2 * (1 + points + 1 + batches) + 1  # a server, its points, its sweep, batches; plot_pareto
     seen = set()
     for command in commands[:-1]:
         arguments = parsed(command)
@@ -153,6 +154,7 @@ def test_the_sweep_runs_the_single_commands(tmp_path, capsys):
     [
         (["--workload", "9k"], "there is no workload '9k'; choose --workload from 8k-1k, 1k-2k"),
         (["--workload", ","], "no workload is chosen"),
+        (["--offline", "shared-prefix"], "leave shared-prefix out of --offline"),
         (["--scale", "2"], "--scale is a factor above 0 and up to 1, such as 1/32, not '2'"),
         (["--concurrency", "0,4"], "requests in flight are numbers of at least 1, such as 1,16,64, and not '0,4'"),
         (["--workload", "8k-1k:x"], "requests in flight are numbers of at least 1, such as 1,16,64, and not '8k-1k:x'"),
@@ -258,6 +260,27 @@ def test_what_is_recorded_is_not_measured_again(tmp_path, monkeypatch):
     assert [command[command.index("--experiment-name") + 1] for command in ran] == ["oscar"]
     assert ran[0][-1] == "--resume"
     assert not (tmp_path / "oscar" / "BENCH--warm-up").exists()  # the new server is to be warmed up, too
+
+
+def test_a_batch_without_a_server_is_recorded_and_not_run_again(tmp_path, monkeypatch):
+    ran = []
+
+    def fake_run(command, log):
+        ran.append(command)
+        result = Path(command[command.index("--output-json") + 1])
+        result.write_text(json.dumps({"elapsed_time": 4.0, "num_requests": 8}))
+        yield from ()
+
+    monkeypatch.setattr("vllm_oscar.tools.bench.sweep.run", fake_run)
+    sweep = a_sweep(tmp_path, workloads="", batches=cli.choose("1k-2k:8", "1/32", ""))
+    sweep.write()
+    assert cli._measure(sweep) == cli._measure(sweep) == []
+    assert [command[:3] for command in ran] == [["vllm", "bench", "throughput"]] * 2
+    (auto, oscar) = records.collect_offline(sweep)
+    assert (auto["dtype"], auto["requests"], auto["output_tokens_per_s"]) == ("auto", 8, 8 * 64 / 4)
+    assert oscar["dtype"] == "oscar" and oscar["date"]
+    text = write_report(records.write_record(sweep, "vllm-oscar bench run")).read_text()
+    assert "| `1k-2k` | `oscar` | 8 | 128 |" in text and "Most output" not in text
 
 
 def test_a_failed_dtype_does_not_keep_others_from_being_measured(tmp_path, monkeypatch):

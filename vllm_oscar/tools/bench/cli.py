@@ -61,8 +61,6 @@ def choose(names: str, scale: str, concurrency: str) -> list[tuple[Workload, lis
             raise ValueError(f"there is no workload {name!r}; choose --workload from {', '.join(WORKLOADS)}")
         users = _users(own, given) or common or list(WORKLOADS[name].concurrency)
         chosen.append((WORKLOADS[name].scaled(factor), users))
-    if not chosen:
-        raise ValueError(f"no workload is chosen; choose --workload from {', '.join(WORKLOADS)}")
     return chosen
 
 
@@ -85,7 +83,9 @@ def run(
     rounds: Annotated[int, typer.Option(min=1, help="Requests of a measurement for each in flight.")] = 2,
     runs: Annotated[int, typer.Option(min=1, help="Measurements of each point; the report has their medians.")] = 1,
     scale: Annotated[str, typer.Option(help="Factor of all lengths, for small machines, e.g. 1/32.")] = "1",
-    offline: Annotated[bool, typer.Option("--offline", help="Also `vllm bench throughput`.")] = False,
+    offline: Annotated[
+        str, typer.Option(help="What `vllm bench throughput` runs; 1k-2k:256 as a batch of 256 requests.")
+    ] = "",
     out: Annotated[Path, typer.Option(help="Folder of everything that is written.")] = Path("bench-results"),
     port: Annotated[int, typer.Option(help="Of the server, on 127.0.0.1.")] = 8000,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print vLLM's commands and stop.")] = False,
@@ -103,7 +103,12 @@ def run(
             path, model if shape else "", parse_bytes(kv_memory), scale, rounds, tensor_parallel, engine_args or [],
             scrape.device(),
         )  # fmt: skip
-        sweep = Sweep(settings, _names(dtypes), choose(workloads, scale, concurrency), out, port, runs, offline)
+        points, batches = choose(workloads, scale, concurrency), choose(offline, scale, concurrency)
+        if shared := [workload.name for workload, _ in batches if workload.kind != "random"]:
+            raise ValueError(f"an offline batch shares nothing; leave {shared[0]} out of --offline")
+        if not points + batches:
+            raise ValueError(f"no workload is chosen; choose --workload from {', '.join(WORKLOADS)}")
+        sweep = Sweep(settings, _names(dtypes), points, out, port, runs, batches)
         if not sweep.dtypes:
             raise ValueError("no dtype is chosen; choose --kv-cache-dtype, e.g. auto,fp8,oscar")
         if shape:
@@ -134,7 +139,7 @@ def _show(sweep) -> None:
     def line(command: list[str]) -> None:
         print(shlex.join(command))
 
-    for dtype in sweep.dtypes:
+    for dtype in sweep.dtypes if sweep.points else ():
         print(f"# {dtype}: a server and its measurements, one after the other")
         for command in sweep.single_commands(dtype):
             line(command)
@@ -142,8 +147,9 @@ def _show(sweep) -> None:
         line(sweep.sweep_command(dtype))
     for _, command in sweep.offline_commands():
         line(command)
-    print("# vLLM's own plot of all of them (needs seaborn)")
-    line(sweep.pareto_command())
+    if sweep.points:
+        print("# vLLM's own plot of all of them (needs seaborn)")
+        line(sweep.pareto_command())
 
 
 def _measure(sweep) -> list[str]:
@@ -178,6 +184,7 @@ def _measure(sweep) -> list[str]:
                     result.parent.mkdir(exist_ok=True)
                     for _ in run_command(command, result.with_suffix(".log")):
                         pass
+                    records.stamp_batch(result)
             except RuntimeError as error:
                 failures.append(str(error))
             progress.advance(total)

@@ -88,22 +88,26 @@ def failed(sweep: Sweep, dtype: str) -> list[dict]:
 
 def collect_offline(sweep: Sweep) -> list[dict]:
     """One dict per finished ``vllm bench throughput``."""
-    results = []
-    for dtype in sweep.dtypes:
-        for workload, _ in sweep.points:
-            path = sweep.folder / "offline" / f"{dtype}-{workload.name}.json"
-            if path.exists():
-                found = json.loads(path.read_text())
-                results.append(
-                    {
-                        "dtype": dtype,
-                        "workload": workload.name,
-                        "requests": found["num_requests"],
-                        "seconds": found["elapsed_time"],
-                        "output_tokens_per_s": found["num_requests"] * workload.output / found["elapsed_time"],
-                    }
-                )
-    return results
+    return [
+        {
+            "dtype": dtype,
+            "workload": workload.name,
+            "requests": requests,
+            "seconds": found["elapsed_time"],
+            "output_tokens_per_s": requests * workload.output / found["elapsed_time"],
+            **found["stamp"],
+        }
+        for dtype in sweep.dtypes
+        for path, workload, requests in sweep.batch_results(dtype)
+        if path.exists() and "stamp" in (found := json.loads(path.read_text()))
+    ]
+
+
+def stamp_batch(result: Path) -> None:
+    """Add versions, commit and date to what ``vllm bench throughput`` wrote."""
+    from vllm_oscar.tools.bench.scrape import stamp
+
+    result.write_text(json.dumps(json.loads(result.read_text()) | {"stamp": stamp()}, indent=1) + "\n")
 
 
 def write_record(sweep: Sweep, command: str) -> Path:

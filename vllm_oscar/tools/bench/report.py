@@ -196,7 +196,7 @@ def _offline(record: dict) -> list[str]:
 def _facts(record: dict) -> list[str]:
     """Device, model, memory, versions: one sentence each; versions and commits as recorded at each measurement."""
     stamps = {
-        name: sorted({point[name] for point in record["points"] if point.get(name)})
+        name: sorted({found[name] for found in record["points"] + record["offline"] if found.get(name)})
         for name in ("vllm", "vllm-oscar", "torch", "commit", "date")
     }
     versions = ", ".join(f"{name} {' and '.join(values)}" for name, values in stamps.items() if values)
@@ -219,8 +219,9 @@ def write_report(record_path: Path) -> Path:
     """Write ``report.md`` and one plot per workload beside the record; returns the report's path."""
     record = json.loads(record_path.read_text())
     points = medians(record["points"])
-    lines = ["# KV-cache dtypes at equal memory", "", *_facts(record), *_summary(record, points)]
-    lines += _losses(record, points)
+    lines = ["# KV-cache dtypes at equal memory", "", *_facts(record)]
+    if record["workloads"]:
+        lines += _summary(record, points) + _losses(record, points)
     for workload in record["workloads"]:
         lines += _details(record, points, workload)
         _plot(record, points, workload, record_path.with_name(f"{workload['name']}.png"))

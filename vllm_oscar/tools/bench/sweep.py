@@ -84,7 +84,7 @@ class Sweep:
         folder: where everything is written.
         port: of the server, on 127.0.0.1.
         runs: measurements of each point.
-        offline: also measure ``vllm bench throughput``.
+        batches: workloads that ``vllm bench throughput`` runs, already scaled, each with its numbers of requests.
     """
 
     settings: Settings
@@ -93,7 +93,7 @@ class Sweep:
     folder: Path
     port: int = 8000
     runs: int = 1
-    offline: bool = False
+    batches: list[tuple[Workload, list[int]]] = field(default_factory=list)
     url: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -102,11 +102,15 @@ class Sweep:
     @property
     def max_model_len(self) -> int:
         """Of the longest request and a little more, for a tokenizer may give a text back with more tokens."""
-        return max(workload.longest for workload, _ in self.points) + SPARE
+        return self.longest.longest + SPARE
+
+    @property
+    def longest(self) -> Workload:
+        return max((workload for workload, _ in self.points + self.batches), key=lambda workload: workload.longest)
 
     @property
     def most_requests(self) -> int:
-        return max(max(concurrency) for _, concurrency in self.points)
+        return max(max(requests) for _, requests in self.points + self.batches)
 
     @property
     def engine(self) -> list[str]:
@@ -160,18 +164,22 @@ class Sweep:
         labels = ["--label-by", "kv_cache_dtype,max_concurrency"]
         return ["vllm", "bench", "sweep", "plot_pareto", str(self.folder), *labels]
 
+    def batch_results(self, dtype: str) -> Iterator[tuple[Path, Workload, int]]:
+        """Result file, workload and number of requests of each offline batch."""
+        for workload, numbers in self.batches:
+            for requests in numbers:
+                yield self.folder / "offline" / f"{dtype}-{workload.name}-{requests}.json", workload, requests
+
     def offline_commands(self) -> Iterator[tuple[Path, list[str]]]:
-        """Result file and command of each offline batch: as many requests as the workload's most in flight, twice."""
-        for dtype in self.dtypes if self.offline else ():
-            for workload, concurrency in self.points:
-                if workload.kind == "random":
-                    result = self.folder / "offline" / f"{dtype}-{workload.name}.json"
-                    yield result, [
-                        "vllm", "bench", "throughput", "--model", self.settings.model, *self.engine,
-                        "--kv-cache-dtype", dtype, "--dataset-name", "random",
-                        "--random-input-len", str(workload.input), "--random-output-len", str(workload.output),
-                        "--num-prompts", str(2 * max(concurrency)), "--output-json", str(result),
-                    ]  # fmt: skip
+        """Result file and command of each offline batch."""
+        for dtype in self.dtypes:
+            for result, workload, requests in self.batch_results(dtype):
+                yield result, [
+                    "vllm", "bench", "throughput", "--model", self.settings.model, *self.engine,
+                    "--kv-cache-dtype", dtype, "--dataset-name", "random",
+                    "--random-input-len", str(workload.input), "--random-output-len", str(workload.output),
+                    "--num-prompts", str(requests), "--output-json", str(result),
+                ]  # fmt: skip
 
     def single_commands(self, dtype: str) -> list[list[str]]:
         """The server of a dtype and its measurements one by one, as the sweep runs them."""
@@ -202,7 +210,7 @@ class Sweep:
             shape = ModelShape.load(self.settings.model, self.settings.tensor_parallel)
         except ValueError:
             shape = None  # not a folder, or a model of which we do not know the size: vLLM will say
-        longest = max((workload for workload, _ in self.points), key=lambda workload: workload.longest)
+        longest = self.longest
         for row in plan(shape, self.settings.kv_memory, self.max_model_len) if shape else ():
             if row.name in self.dtypes and row.requests < 1:
                 raise ValueError(
