@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw the README's picture from the committed records.
 
-    python benchmarks/picture.py [docs/overview.png]
+python benchmarks/picture.py [docs/overview.png]
 """
 
 from __future__ import annotations
@@ -10,6 +10,11 @@ import json
 import sys
 from pathlib import Path
 from statistics import mean
+
+sys.path[0] = str(Path(__file__).parents[1])
+
+from vllm_oscar.tools.bench.shapes import SHAPES  # noqa: E402
+from vllm_oscar.tools.plan import ModelShape, plan  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 SERVED = ("auto", "fp8", "oscar")
@@ -30,9 +35,29 @@ def divergence(model: str, length: int) -> dict[str, float]:
     return found
 
 
+def capacity(context: int = 32768, memory: int = 24 << 30) -> dict[str, int]:
+    """Tokens that ``memory`` bytes hold, by dtype; what vLLM logs."""
+    shape = SHAPES["qwen3-8b"]
+    shape = ModelShape(shape["num_hidden_layers"], shape["num_key_value_heads"], shape["head_dim"], itemsize=2)
+    return {row.name: row.tokens for row in plan(shape, memory, context)}
+
+
 def served() -> dict[str, dict]:
-    """The records of vLLM on an H100, by dtype."""
+    """The records of vLLM on an H100, by dtype; with page format 1."""
     return {record["dtype"]: record for record in json.loads((RESULTS / "vllm-h100.json").read_text())}
+
+
+def throughput() -> dict[str, dict[str, float]]:
+    """Output tokens/s at equal memory on an H100: by what was served, by dtype."""
+    record = json.loads((RESULTS / "serving-h100" / "bench.json").read_text())
+    found = {"64 x (8k + 512)": {dtype: served()[dtype]["output_tokens_per_s"] for dtype in SERVED}}
+    for label, kind, fields in (
+        ("32 x (32k + 1k)", "points", {"workload": "32k-1k", "concurrency": 32}),
+        ("256 x (1k + 2k)", "offline", {"workload": "1k-2k", "requests": 256}),
+    ):
+        chosen = [row for row in record[kind] if fields.items() <= row.items()]
+        found[label] = {row["dtype"]: row["output_tokens_per_s"] for row in chosen}
+    return found
 
 
 def main(path: Path) -> None:
@@ -42,16 +67,23 @@ def main(path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (tokens, speed, loss) = pyplot.subplots(1, 3, figsize=(13, 3.9), layout="constrained")
-    records, colors = served(), ["#9aa5b1", "#5b8db8", "#d1495b"]
-    panels = (
-        (tokens, "kv_tokens", 1e3, "thousand tokens in 24 GiB of KV cache"),
-        (speed, "output_tokens_per_s", 1, "output tokens/s, 64 requests of 8k in, 512 out"),
-    )
-    for axes, field, unit, title in panels:
-        values = [records[dtype][field] / unit for dtype in SERVED]
-        bars = axes.bar(["bf16", "fp8", "oscar"], values, color=colors)
-        axes.bar_label(bars, [f"{value:,.0f}" for value in values])
-        axes.set_title(title, fontsize=10)
+    colors = ["#9aa5b1", "#5b8db8", "#d1495b"]
+    held = capacity()
+    bars = tokens.bar(["bf16", "fp8", "oscar"], [held[dtype] / 1e3 for dtype in SERVED], color=colors)
+    tokens.bar_label(bars, [f"{held[dtype] / 1e3:,.0f}" for dtype in SERVED])
+    tokens.set_title("thousand tokens in 24 GiB of KV cache", fontsize=10)
+    speeds = throughput()
+    for index, (dtype, name) in enumerate(zip(SERVED, ("bf16", "fp8", "oscar"))):
+        groups = [group for group, label in enumerate(speeds) if dtype in speeds[label]]
+        values = [speeds[label][dtype] / speeds[label]["auto"] for label in speeds if dtype in speeds[label]]
+        bars = speed.bar(
+            [group + 0.27 * (index - 1) for group in groups], values, 0.25, color=colors[index], label=name
+        )
+        speed.bar_label(bars, [f"{value:.2f}" if index else "1" for value in values], fontsize=8)
+    speed.set_xticks(range(len(speeds)), labels=speeds)
+    speed.set_title("output tokens/s, times bf16's; requests x (in + out)", fontsize=10)
+    speed.legend(loc="upper left")
+    for axes in (tokens, speed):
         axes.spines[["top", "right"]].set_visible(False)
     found = divergence("smollm2-135m", 8192)
     for method in METHODS:

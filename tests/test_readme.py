@@ -75,7 +75,13 @@ def test_what_a_user_gains_is_that_of_the_records():
     assert f"128k took {step[0]} ms, with bf16 {step[1]}, with fp8 {step[2]}" in text
     assert f"32k took {prefill[0]} s, with bf16 {prefill[1]}, with fp8 {prefill[2]}" in text
     faster = [ours["output_tokens_per_s"] / record["output_tokens_per_s"] for record in (bf16, fp8)]
-    assert f"{faster[0]:.2f} and {faster[1]:.2f} times the output tokens/s" in text
+    assert f"64 requests of 8k {faster[0]:.2f} times that of bf16, {faster[1]:.2f} times that of fp8" in text
+    long, decoding = (speeds["oscar"] / speeds["auto"] for speeds in list(picture.throughput().values())[1:])
+    assert f"{long:.1f} times the output tokens/s of bf16 with 32 requests of 32k" in text
+    assert f"{decoding:.1f} times with 256 that decode" in text
+    record = json.loads((RESULTS / "serving-h100" / "bench.json").read_text())
+    alone = {f"{p['per_user']:.0f}" for p in record["points"] if (p["workload"], p["concurrency"]) == ("8k-1k", 1)}
+    assert alone == {"133"} and "one request of 8k decodes 133 tokens/s with either" in text
     capacity = {row.name: row.tokens for row in plan(QWEN3_8B, 24 << 30, 32768)}
     gains = [f"{capacity['oscar'] / capacity[rival]:.1f} times" for rival in ("auto", "fp8")]
     assert f"{gains[0]} the tokens of bf16 and {gains[1]} those of fp8" in text

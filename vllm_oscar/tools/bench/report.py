@@ -74,22 +74,36 @@ def _is_ours(dtype: str) -> bool:
 
 
 def _summary(record: dict, points: dict[Key, dict]) -> list[str]:
-    """Each workload's best throughput per dtype, and its ratio to the first dtype."""
+    """Each workload's best throughput per dtype, and its ratio to the first dtype.
+
+    Only of the concurrencies that all dtypes were measured at: else one that was stopped early would look slow.
+    """
     rows = []
     for workload in record["workloads"]:
-        best = {
-            dtype: max((p["per_device"] for (d, w, _), p in points.items() if (d, w) == (dtype, workload["name"])),
-                       default=None)
+        found = {
+            dtype: {
+                users: p["per_device"] for (d, w, users), p in points.items() if (d, w) == (dtype, workload["name"])
+            }
             for dtype in record["dtypes"]
-        }  # fmt: skip
-        base = best[record["dtypes"][0]]
-        cells = [
-            "-" if value is None else _number(value) + (f" ({value / base:.2f}x)" if base and value != base else "")
-            for value in best.values()
+        }
+        common = set.intersection(
+            *(set(measured) for measured in found.values() if measured), set(workload["concurrency"])
+        )
+        best = [
+            max((measured[users] for users in common & measured.keys()), default=None) for measured in found.values()
         ]
-        rows.append([f"`{workload['name']}`", *cells])
-    text = "Most output tokens/s per device over all concurrencies"
+        rows.append([f"`{workload['name']}`", *_beside_the_first(best)])
+    text = "Most output tokens/s per device over the concurrencies that all were measured at"
     return [f"{text}, and times the first column's:", *_table(["workload", *record["dtypes"]], rows, 1)]
+
+
+def _beside_the_first(values: list[float | None]) -> list[str]:
+    """Cells of a table: each value and how many times the first it is."""
+    first = values[0]
+    return [
+        "-" if value is None else _number(value) + (f" ({value / first:.2f}x)" if first and value != first else "")
+        for value in values
+    ]
 
 
 def _losses(record: dict, points: dict[Key, dict]) -> list[str]:
@@ -185,12 +199,16 @@ def _plot(record: dict, points: dict[Key, dict], workload: dict, path: Path) -> 
 def _offline(record: dict) -> list[str]:
     if not record["offline"]:
         return []
+    batches: dict[tuple[str, int], dict[str, float]] = {}
+    for found in record["offline"]:
+        speeds = batches.setdefault((found["workload"], found["requests"]), {})
+        speeds[found["dtype"]] = found["output_tokens_per_s"]
     rows = [
-        [f"`{found['workload']}`", f"`{found['dtype']}`", str(found["requests"]), _number(found["output_tokens_per_s"])]
-        for found in record["offline"]
+        [f"`{workload}`", str(requests), *_beside_the_first([speeds.get(dtype) for dtype in record["dtypes"]])]
+        for (workload, requests), speeds in batches.items()
     ]
-    return ["## Offline batches", "", "`vllm bench throughput`, all requests at once.",
-            *_table(["workload", "dtype", "requests", "output tokens/s"], rows, 2)]  # fmt: skip
+    text = "Output tokens/s of `vllm bench throughput`, all requests at once, and times the first column's:"
+    return ["## Offline batches", "", text, *_table(["workload", "requests", *record["dtypes"]], rows, 1)]
 
 
 def _facts(record: dict) -> list[str]:
