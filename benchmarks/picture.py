@@ -14,7 +14,7 @@ from statistics import mean
 sys.path[0] = str(Path(__file__).parents[1])
 
 from vllm_oscar.tools.bench.shapes import SHAPES  # noqa: E402
-from vllm_oscar.tools.plan import ModelShape, plan  # noqa: E402
+from vllm_oscar.tools.plan import Load, ModelShape, plan  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 SERVED = ("auto", "fp8", "oscar")
@@ -39,7 +39,7 @@ def capacity(context: int = 32768, memory: int = 24 << 30) -> dict[str, int]:
     """Tokens that ``memory`` bytes hold, by dtype; what vLLM logs."""
     shape = SHAPES["qwen3-8b"]
     shape = ModelShape(shape["num_hidden_layers"], shape["num_key_value_heads"], shape["head_dim"], itemsize=2)
-    return {row.name: row.tokens for row in plan(shape, memory, context)}
+    return {row.name: row.tokens for row in plan(shape, memory, Load(context))}
 
 
 def served() -> dict[str, dict]:

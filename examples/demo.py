@@ -112,7 +112,7 @@ def reported_tokens(url: str) -> int:
 def show_capacity(url: str, model: Path, dtype: str) -> None:
     """What the cache holds, beside what it would hold in the model's own type."""
     tokens = reported_tokens(url)
-    auto = planner.plan(planner.ModelShape.load(model), MEMORY, CONTEXT)[0].tokens
+    auto = planner.plan(planner.ModelShape.load(model), MEMORY, planner.Load(CONTEXT))[0].tokens
     console.print(
         f"KV cache of {MEMORY >> 20} MiB: [bold]{tokens:,} tokens[/] with {dtype} (reported by the server), "
         f"{auto:,} with auto: [bold]{tokens / auto:.2f}x[/]."
@@ -158,9 +158,7 @@ def ask_recall(client: openai.OpenAI) -> bool:
         table.add_column(header)
     right = 0
     for name, code in FACTS.items():
-        reply = client.completions.create(
-            model="demo", prompt=question(prompt, name), max_tokens=9, temperature=0
-        )
+        reply = client.completions.create(model="demo", prompt=question(prompt, name), max_tokens=9, temperature=0)
         found = re.match(r"\s*(\d*)", reply.choices[0].text).group(1)
         right += found == code
         mark = "[green]right[/]" if found == code else "[red]wrong[/]"

@@ -67,7 +67,7 @@ def test_plan_of_state_space_layers_and_of_skipped_ones(model):
 def test_plan_accounts_for_tensor_parallelism_and_drafts(model):
     shape = planner.ModelShape.load(model, tensor_parallel=4)
     assert shape == planner.ModelShape(layers=36, kv_heads=2, head_dim=128, itemsize=2)
-    tails = [planner.plan(shape, 2**30, 4096, drafts)[2].tail_blocks for drafts in (0, 20)]
+    tails = [planner.plan(shape, 2**30, planner.Load(4096, drafts=drafts))[2].tail_blocks for drafts in (0, 20)]
     assert tails == [6, 7]  # 22 tokens a page; 129 and 149 tokens
 
 

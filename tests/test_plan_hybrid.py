@@ -147,13 +147,13 @@ def test_plan_says_what_vllm_would(align, model, tensor_parallel):
                 for i in range(attention):
                     specs |= {f"layers.{i}": full} | ({f"layers.{i}.oscar_tail": ring} if ring else {})
                 found[dtype] = block, capacity_by_vllm(specs, context, mamba_cache_mode=mode)
-            rows = {row.name: row for row in planner.plan(shape, MEMORY, context, prefix_caching=caching)}
+            rows = {row.name: row for row in planner.plan(shape, MEMORY, planner.Load(context, prefix_caching=caching))}
             assert found == {name: (rows[name].block_tokens, rows[name].tokens) for name in found}
 
 
 def test_four_times_the_tokens_of_qwen3_next_at_32k():
     shape = planner.ModelShape.load(FOLDER / "hybrid" / "qwen3-next-80b-a3b.json")
-    rows = {row.name: row for row in planner.plan(shape, MEMORY, 32768, prefix_caching=False)}
+    rows = {row.name: row for row in planner.plan(shape, MEMORY, planner.Load(32768, prefix_caching=False))}
     assert rows["oscar"].tokens >= 4.0 * rows["auto"].tokens
     assert rows["oscar"].block_tokens == 25 * 128
 
@@ -171,6 +171,10 @@ def test_a_state_that_is_not_known(tmp_path):
 QWEN3_8B = planner.ModelShape(layers=36, kv_heads=8, head_dim=128, itemsize=2)
 
 
+def skipping(shape: planner.ModelShape, context: int, names: str) -> list[planner.Capacity]:
+    return planner.plan(shape, MEMORY, planner.Load(context), planner.Skipped.parse(names, shape))
+
+
 @pytest.mark.parametrize("skipped", [1, 2, 4, 18, 30])
 @pytest.mark.parametrize("context", [2048, 32768])
 def test_layers_in_16_bits(skipped, context):
@@ -182,7 +186,7 @@ def test_layers_in_16_bits(skipped, context):
             specs[f"layers.{i}.oscar_tail"] = ring
     found = capacity_by_vllm(specs, context, KVCacheLayout.BLHNC)
     names = ",".join(str(i) for i in range(skipped))
-    rows = {row.name: row.tokens for row in planner.plan(QWEN3_8B, MEMORY, context, skip_layers=names)}
+    rows = {row.name: row.tokens for row in skipping(QWEN3_8B, context, names)}
     assert rows["oscar"] == found
     if (skipped, context) == (2, 32768):
         assert found >= 4.4 * rows["auto"]
@@ -199,7 +203,7 @@ def test_windows_in_16_bits(model, context):
         specs[f"layers.{i}"] = SlidingWindowSpec(**common, sliding_window=window) if window else full
         if not window:
             specs[f"layers.{i}.oscar_tail"] = ring
-    rows = {row.name: row.tokens for row in planner.plan(shape, MEMORY, context, skip_layers="sliding_window")}
+    rows = {row.name: row.tokens for row in skipping(shape, context, "sliding_window")}
     assert rows["oscar"] == capacity_by_vllm(specs, context, KVCacheLayout.BLHNC)
 
 
@@ -213,10 +217,10 @@ def test_windows_in_16_bits(model, context):
 )
 def test_skipped_layers_that_are_not_there(text, message):
     with pytest.raises(ValueError, match=message):
-        planner.plan(QWEN3_8B, MEMORY, 4096, skip_layers=text)
+        planner.Skipped.parse(text, QWEN3_8B)
 
 
 @pytest.mark.parametrize("name, skipped", [("hybrid/lfm2-1.2b", "0"), ("gemma-3-4b", "0")])
 def test_skipped_layers_that_cannot_be_planned(name, skipped):
     with pytest.raises(ValueError, match="leave out --skip-layers|only sliding_window is planned"):
-        planner.plan(planner.ModelShape.load(FOLDER / f"{name}.json"), MEMORY, 4096, skip_layers=skipped)
+        planner.Skipped.parse(skipped, planner.ModelShape.load(FOLDER / f"{name}.json"))

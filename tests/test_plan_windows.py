@@ -78,7 +78,7 @@ def of_vllm(name: str, dtype: str, context: int) -> tuple[int, list[list[str]]]:
 @pytest.mark.parametrize("context", [8192, 32768, 131072])
 @pytest.mark.parametrize("name", SERVED)
 def test_plan_says_what_vllm_would(name, context):
-    rows = planner.plan(planner.ModelShape.load(CONFIGS[name]), MEMORY, context, batched_tokens=BATCHED)
+    rows = planner.plan(planner.ModelShape.load(CONFIGS[name]), MEMORY, planner.Load(context, BATCHED))
     planned = {row.name: row.tokens for row in rows}
     for dtype in ("auto", "fp8", "oscar"):
         assert planned[dtype] == of_vllm(name, dtype, context)[0]

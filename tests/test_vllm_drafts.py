@@ -116,9 +116,7 @@ def test_lossless_with_hits_and_chunks(engine_host, prompts, plain, auto, folder
 @pytest.mark.parametrize("kind", KINDS)
 def test_lossless_alone_and_compiled(engine_host, prompts, plain, auto, folder, kind):
     options = drafters.options(kind, folder, TOKENS)
-    found = Rounds(
-        engine_host, prompts, "oscar", LOSSLESS, enable_prefix_caching=False, enforce_eager=False, **options
-    )
+    found = Rounds(engine_host, prompts, "oscar", LOSSLESS, enable_prefix_caching=False, enforce_eager=False, **options)
     assert_same(plain + plain, found.found)
     # Compiled code rounds otherwise, so a draft between nearly equal tokens may be another than in eager mode.
     assert found.rate == pytest.approx(auto(kind).rate, rel=0.02, abs=0.002)
@@ -248,8 +246,8 @@ def test_an_eagle_layer_beside_36(monkeypatch):
     rings = dict.fromkeys([f"{name}.oscar_tail" for name in names], tail)
     found = vllm_tokens(dict.fromkeys(names, pages) | rings, context, memory)
     assert found / base > 5.3
-    shape = plan.ModelShape(layers=36, kv_heads=8, head_dim=128, itemsize=2)
-    planned = {row.name: row.tokens for row in plan.plan(shape, memory, context, drafts, draft_layers=1)}
+    shape, load = plan.ModelShape(layers=36, kv_heads=8, head_dim=128, itemsize=2), plan.Load(context, drafts=drafts)
+    planned = {row.name: row.tokens for row in plan.plan(shape.with_drafter(1), memory, load)}
     assert planned["oscar"] == found
     assert planned["auto"] == pytest.approx(base, rel=1e-3)  # of blocks of 16 tokens a few more fit
 

@@ -290,18 +290,22 @@ class _Engine:
 
         self.runner.model.model.embed_tokens.register_forward_hook(hook)
 
-    def poison(self, word: int) -> int:
-        import torch
-
+    def _cache_storages(self) -> list:
         storages = {}
         for cache in self.runner.kv_caches:
             for tensor in cache if isinstance(cache, (list, tuple)) else [cache]:
                 storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        for storage in storages.values():
+        return list(storages.values())
+
+    def poison(self, word: int) -> int:
+        import torch
+
+        storages = self._cache_storages()
+        for storage in storages:
             signed = word - (1 << 32) if word >> 31 else word
             torch.tensor([], dtype=torch.int32).set_(storage).fill_(signed)
         self.llm.reset_prefix_cache()
-        return sum(storage.nbytes() for storage in storages.values())
+        return sum(storage.nbytes() for storage in storages)
 
     def state(self) -> dict:
         counters = {metric.name: metric.value for metric in self.llm.get_metrics() if hasattr(metric, "value")}
@@ -328,10 +332,14 @@ class _Engine:
 
         from vllm.distributed import cleanup_dist_env_and_memory
 
+        alone = hasattr(self.core.model_executor, "driver_worker")  # else workers have processes of their own
+        storages = self._cache_storages() if alone else []
         self.llm.llm_engine.engine_core.shutdown()
         self.llm = None
         cleanup_dist_env_and_memory()
         gc.collect()
+        for storage in storages:  # vLLM keeps some alive, and a hundred engines would fill the machine
+            storage.resize_(0)
 
 
 def _prompt(prompt: list[int] | dict) -> dict:

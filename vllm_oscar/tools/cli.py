@@ -42,16 +42,9 @@ def plan(
 
     try:
         shape = planner.ModelShape.load(model, tensor_parallel)
-        rows = planner.plan(
-            shape,
-            planner.parse_bytes(memory),
-            context,
-            speculative_tokens,
-            draft_layers,
-            batched_tokens,
-            prefix_caching,
-            skip_layers,
-        )
+        skipped = planner.Skipped.parse(skip_layers, shape) if skip_layers else None
+        load = planner.Load(context, batched_tokens, speculative_tokens, prefix_caching)
+        rows = planner.plan(shape.with_drafter(draft_layers), planner.parse_bytes(memory), load, skipped)
     except ValueError as error:
         fail(str(error))
     base = rows[0]

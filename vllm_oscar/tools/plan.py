@@ -54,6 +54,10 @@ class ModelShape:
     windows: tuple[int, ...] = ()
     states: States | None = None
 
+    def with_drafter(self, layers: int) -> ModelShape:
+        """The same with a drafter's attention layers, each as large as one of the model's."""
+        return replace(self, layers=self.layers + layers)
+
     @staticmethod
     def load(path: str | Path, tensor_parallel: int = 1) -> ModelShape:
         """Read a model folder's ``config.json``, or that file.
@@ -147,15 +151,20 @@ class Load:
 
     Attributes:
         context: tokens of each.
-        in_flight: tokens of all of them in steps under way.
+        batched_tokens: of all of them in a step, ``--max-num-batched-tokens``; matters with sliding windows.
         drafts: tokens drafted for each in a step.
-        prefix_caching: states are kept for hits, too.
+        prefix_caching: states of state-space layers are kept for hits, too.
     """
 
     context: int
-    in_flight: int
+    batched_tokens: int = 8192
     drafts: int = 0
     prefix_caching: bool = True
+
+    @property
+    def in_flight(self) -> int:
+        """Tokens in steps under way, two with asynchronous scheduling."""
+        return 2 * self.batched_tokens
 
     def blocks(self, window: int | None, block_tokens: int) -> int:
         """Blocks that a request takes in a layer with this sliding window, or None."""
@@ -243,33 +252,19 @@ class Skipped:
         return Skipped(len(names))
 
 
-def plan(
-    shape: ModelShape,
-    memory: int,
-    context: int,
-    speculative_tokens: int = 0,
-    draft_layers: int = 0,
-    batched_tokens: int = 8192,
-    prefix_caching: bool = True,
-    skip_layers: str | None = None,
-) -> list[Capacity]:
+def plan(shape: ModelShape, memory: int, load: Load, skipped: Skipped | None = None) -> list[Capacity]:
     """Capacity of ``auto`` (the model's dtype), fp8 and every preset that supports the head size.
 
-    ``draft_layers``: attention layers of a drafter, each as large as one of the model's.
-    ``batched_tokens``: ``--max-num-batched-tokens``. Two steps are under way, as with asynchronous scheduling.
-    ``prefix_caching``: matters with state-space layers.
-    ``skip_layers``: see :meth:`Skipped.parse`; without fp8, whose blocks vLLM makes otherwise then.
-    Raises ``ValueError`` in one sentence.
+    ``shape``: with the drafter's layers, if there is one. ``memory``: bytes. With ``skipped`` layers without fp8, whose
+    blocks vLLM makes otherwise then. Raises ``ValueError`` in one sentence.
     """
-    skipped = Skipped.parse(skip_layers, shape) if skip_layers else None
-    shape = replace(shape, layers=shape.layers + draft_layers)
-    wide, load = 2 * shape.head_dim, Load(context, 2 * batched_tokens, speculative_tokens, prefix_caching)
+    wide = 2 * shape.head_dim
     rows = [capacity("auto", wide * shape.itemsize, _VLLM_BLOCK, 0, shape, memory, load)]
     if not skipped:
         rows.append(capacity("fp8", wide, _VLLM_BLOCK, 0, shape, memory, load))
     for name in PRESETS if shape.head_dim in SUPPORTED_HEAD_DIMS else ():
         fmt = PageFormat.preset(name, shape.head_dim)
-        tail = fmt.ring_pages(shape.itemsize, speculative_tokens)
+        tail = fmt.ring_pages(shape.itemsize, load.drafts)
         if skipped:
             rows.append(capacity_beside(name, fmt.bytes_per_token, tail, skipped, shape, memory, load))
         else:

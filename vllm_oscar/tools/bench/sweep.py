@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from vllm_oscar.tools.bench.workloads import Workload, point_name
-from vllm_oscar.tools.plan import ModelShape, plan
+from vllm_oscar.tools.plan import Load, ModelShape, plan
 
 SPARE = 128
 WARM_UP = "warm-up"  # a short run first on each server, not reported
@@ -211,7 +211,7 @@ class Sweep:
         except ValueError:
             shape = None  # not a folder, or a model of which we do not know the size: vLLM will say
         longest = self.longest
-        for row in plan(shape, self.settings.kv_memory, self.max_model_len) if shape else ():
+        for row in plan(shape, self.settings.kv_memory, Load(self.max_model_len)) if shape else ():
             if row.name in self.dtypes and row.requests < 1:
                 raise ValueError(
                     f"{row.name} cannot hold one request of {longest.name} ({longest.longest:,} tokens) in "
