@@ -152,7 +152,7 @@ class OscarImpl(AttentionImpl[OscarMetadata]):
     def _plan(self, step: Step, host: HostLengths) -> Step:
         """The step with a plan of its prefills, where the kernels make one."""
         plan = getattr(self.kernels, "plan", None)
-        if plan is None:
+        if plan is None or step.max_query_len <= host.decode_query_len:
             return step
         starts, lengths = host.query_start_loc.tolist(), host.seq_lens.tolist()
         return plan(step, self.fmt, self.limits, starts, lengths, host.decode_query_len)
