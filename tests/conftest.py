@@ -37,6 +37,7 @@ def pytest_terminal_summary(terminalreporter):
 
 # Files that take half a minute or more, the longest first: two workers that end with short files end together.
 LONG = (
+    "test_triton_build",  # with slow tests more than half an hour
     "test_vllm_lossless", "test_vllm_int2", "test_triton_kernels", "test_vllm_windows", "test_vllm_server",
     "test_symbols", "test_vllm_drafts", "test_vllm_refusals", "test_cuda_on_cpu", "test_vllm_entrypoints",
     "test_vllm_tp", "test_vllm_offload", "test_cpu_kernels", "test_versions", "test_vllm_multimodal",

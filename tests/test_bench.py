@@ -321,8 +321,9 @@ def test_a_failed_request_is_told_and_its_point_measured_again(tmp_path, monkeyp
 def test_a_signal_for_the_process_group_leaves_the_sweep_time_to_end_its_server(tmp_path):
     sweep_script = tmp_path / "sweep"  # ends its server when it is interrupted, as vLLM's does
     sweep_script.write_text(
-        "import pathlib, time\nprint('[END BENCHMARK]', flush=True)\n"
-        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    pathlib.Path('ended').touch()\n"
+        "import pathlib, time\n"
+        "try:\n    print('[END BENCHMARK]', flush=True)\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    pathlib.Path('ended').touch()\n"
     )
     program = (
         "import pathlib, signal, sys\nfrom vllm_oscar.tools.bench import sweep\n"
@@ -416,6 +417,7 @@ def test_a_report_without_a_record_is_refused(tmp_path):
 
 # ---- for real ----------------------------------------------------------------------
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # two servers and twelve measurements, beside another test
 def test_the_demo_model_is_measured_and_then_not_again(tmp_path):
     arguments = [MODEL, "--workload", "8k-1k,shared-prefix,multi-turn", "--concurrency", "1,4", "--scale", "1/32",
                  "--kv-memory", "8MiB", "--kv-cache-dtype", "auto,oscar", "--out", tmp_path, "--port", 8765,

@@ -95,4 +95,5 @@ def test_everything_compiles(preset, dim, arch, tmp_path):
     usage = compile_for(tmp_path, arch, preset, dim, [(64, 64, 1), (1024, 2, 1000)], "float16", "store")
     assert len(usage) == 6
     if dim == 128:
-        assert usage["decode_kernel"][1] == 0, usage
+        # With its older matrix instructions the compiler for sm_80 finds no place for up to six values of fp16 kernels.
+        assert usage["decode_kernel"][1] <= (24 if arch == 80 else 0), usage
