@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensor parallelism over processes and over Ray: with the lossless codec equal to ``auto`` on one rank."""
+"""Tensor parallelism over processes and Ray, and data parallelism: with the lossless codec as ``auto`` on one rank."""
 
 from __future__ import annotations
 
+import re
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
-from test_vllm_lossless import LOSSLESS, assert_same
+from test_vllm_lossless import LOSSLESS, TOLERANCE, assert_same
 from vllm_engine import EngineHost
+from vllm_server import serving
 
 
 @pytest.fixture(scope="module")
@@ -36,3 +41,27 @@ def test_two_ranks(prompts, auto, backend):
             found = host.run(prompts, max_tokens=6)
             assert_same(auto, found)
         assert [result["cached"] for result in found] == [0, 0, 128, 384, 256, 256]
+
+
+@pytest.mark.slow
+def test_data_parallel(prompts, auto, tmp_path):
+    """Two engines behind one server; one after the other they get each prompt, so both do."""
+    options = ("--kv-cache-dtype", "oscar", "--dtype", "float32", "--max-model-len", "1024")
+    parallel = ("--data-parallel-size", "2", "--api-server-count", "1", "--num-gpu-blocks-override", "200")
+    cores = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1"}
+
+    with serving(tmp_path / "log", *options, *parallel, **LOSSLESS, **cores) as server, ThreadPoolExecutor(2) as pool:
+
+        def logprobs(prompt: list[int]) -> list[float]:
+            reply = server.complete(prompt, max_tokens=6, logprobs=1, extra_body={"ignore_eos": True})
+            return reply.choices[0].logprobs.token_logprobs
+
+        answers = list(pool.map(logprobs, [prompt for prompt in prompts for _ in range(4)]))
+        page = urllib.request.urlopen(server.url + "/metrics", timeout=60).read().decode()
+    for number, found in enumerate(answers):
+        (expected,) = auto[number // 4]["outputs"]
+        known = [row[str(token)] for token, row in zip(expected["tokens"], expected["logprobs"])]
+        assert found == pytest.approx(known, abs=TOLERANCE), number
+    pattern = r'^vllm:request_success_total\{engine="(\d)",finished_reason="length"[^}]*\} ([\d.]+)$'
+    served = {engine: float(count) for engine, count in re.findall(pattern, page, re.MULTILINE)}
+    assert sum(served.values()) == len(answers) and min(served["0"], served["1"]) >= len(prompts), served

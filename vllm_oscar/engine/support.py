@@ -203,7 +203,14 @@ FEATURES = (
         "parallel", "tensor parallelism (mp and Ray)", TESTED, TRIED, "Two ranks.", "test_vllm_tp.py::test_two_ranks"
     ),
     Feature("parallel", "pipeline and expert parallelism", ABSENT, UNRUN, "vLLM's CPU build fails with `auto`, too."),
-    Feature("parallel", "data parallelism", UNRUN, UNRUN),
+    Feature(
+        "parallel",
+        "data parallelism",
+        TESTED,
+        UNRUN,
+        "Of engines behind one server.",
+        "test_vllm_tp.py::test_data_parallel",
+    ),
     _refused("parallel", "DCP and PCP", "--{} {}", "decode context parallelism", "prefill context parallelism"),
     # ---- cache
     Feature(
