@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 from test_vllm_lossless import LOSSLESS, NAN, assert_same, difference
+from window_models import MODELS
 
 CONNECTORS = {"OffloadingConnector": {}, "SimpleCPUOffloadConnector": {"VLLM_USE_SIMPLE_KV_OFFLOAD": "1"}}
 OFFLOAD = {"kv_offloading_size": 0.5, "enable_prefix_caching": True}
@@ -131,3 +132,23 @@ def test_the_host_holds_five_times_as_many_tokens(host):
     # 6 layers of 2 heads, 90 bytes a token.
     assert held["oscar"] == pytest.approx(2**27 / (6 * 2 * 90), rel=0.01)
     assert held["oscar"] / held["auto"] > 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("connector", CONNECTORS)
+@pytest.mark.parametrize("model", ["gemma3", "gpt_oss"])
+def test_models_with_sliding_windows(host, text, tmp_path, model, connector):
+    """Several groups of pages, of which windows have the newest alone."""
+    options = {"model": str(MODELS[model](tmp_path)), "max_model_len": 1100}
+    prompts = [text(n, at=17 * n) for n in (129, 257, 500, 900)]
+    host.start("auto", enable_prefix_caching=False, **options)
+    expected = host.run(prompts)
+    info = host.start("oscar", env=LOSSLESS | CONNECTORS[connector], **OFFLOAD, **options)
+    assert_same(expected, host.run(prompts))
+    for _ in range(2):
+        forget_the_device(host, text)
+        again = host.run(prompts)
+        assert [result["cached"] for result in again] == [128, 256, 384, 896]
+        assert_same(expected, again)
+    assert host.state()["counters"]["vllm:external_prefix_cache_hits"] > 0
+    assert host.state()["free"] == info["free"]
