@@ -165,11 +165,14 @@ def test_no_spills_and_registers_within_budget(source, arch, define, tmp_path):
     tiles = {name: int(found[1]) for name in kernels if (found := re.search(r"decode_kernel.*Li(\d)ELb\dEEEv", name))}
     assert sum("decode" in name for name in kernels) == len(tiles) and (tiles or source == "store.cu") and kernels
     # With sixteen query rows (two tiles) or 256 channels the compiler for sm_120 finds no place for up to a dozen
-    # values; with sixteen rows that for sm_100 for one, in a few kernels, which write and read it once.
+    # values; with sixteen rows that for sm_100 for one, in a few kernels, which write and read it once, and for two
+    # where rings are written.
     for name, (registers, spilled) in kernels.items():
         allowed = 0
         if arch == "120" and (source in ("attention_256.cu", "store.cu") or tiles.get(name) == 2):
             allowed = 128
+        elif arch == "100" and "write_ring" in name:
+            allowed = 16
         elif arch == "100" and source == "attention_128.cu" and tiles.get(name) == 2:
             allowed = 8
         assert spilled <= allowed, f"{name} spills {spilled} bytes"
