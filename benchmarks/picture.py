@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw the README's picture from the committed records.
 
-python benchmarks/picture.py [docs/overview.png]
+    python benchmarks/picture.py [docs/overview.png]
+
+Tests hold the README's numbers against what it reads here.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def served() -> dict[str, dict]:
 def throughput() -> dict[str, dict[str, float]]:
     """Output tokens/s at equal memory on an H100: by what was served, by dtype."""
     record = json.loads((RESULTS / "serving-h100" / "bench.json").read_text())
-    found = {"64 x (8k + 512)": {dtype: served()[dtype]["output_tokens_per_s"] for dtype in SERVED}}
+    found = {"64 x (8k + 512)": {dtype: older["output_tokens_per_s"] for dtype, older in served().items()}}
     for label, kind, fields in (
         ("32 x (32k + 1k)", "points", {"workload": "32k-1k", "concurrency": 32}),
         ("256 x (1k + 2k)", "offline", {"workload": "1k-2k", "requests": 256}),

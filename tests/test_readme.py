@@ -14,15 +14,12 @@ import pytest
 
 from vllm_oscar.core.config import PRESETS
 from vllm_oscar.core.format import PageFormat
-from vllm_oscar.tools.plan import Load, ModelShape, plan
 
 REPO = Path(__file__).resolve().parent.parent
 README = (REPO / "README.md").read_text()
 RESULTS = REPO / "benchmarks" / "results"
 sys.path.insert(0, str(REPO / "benchmarks"))
 import picture  # noqa: E402
-
-QWEN3_8B = ModelShape(layers=36, kv_heads=8, head_dim=128, itemsize=2)
 
 
 def rows() -> dict[str, list[str]]:
@@ -82,12 +79,12 @@ def test_what_a_user_gains_is_that_of_the_records():
     record = json.loads((RESULTS / "serving-h100" / "bench.json").read_text())
     alone = {f"{p['per_user']:.0f}" for p in record["points"] if (p["workload"], p["concurrency"]) == ("8k-1k", 1)}
     assert alone == {"133"} and "one request of 8k decodes 133 tokens/s with either" in text
-    capacity = {row.name: row.tokens for row in plan(QWEN3_8B, 24 << 30, Load(32768))}
+    capacity = picture.capacity()
     gains = [f"{capacity['oscar'] / capacity[rival]:.1f} times" for rival in ("auto", "fp8")]
     assert f"{gains[0]} the tokens of bf16 and {gains[1]} those of fp8" in text
     assert f"auto: {capacity['auto']:,} tokens, oscar: {capacity['oscar']:,}" in text
     for context, ratio in ((2048, "4.1"), (8192, "5.2")):
-        rows = {row.name: row.tokens for row in plan(QWEN3_8B, 24 << 30, Load(context))}
+        rows = picture.capacity(context)
         assert f"{rows['oscar'] / rows['auto']:.1f}" == ratio and f"{ratio} times" in text
 
 

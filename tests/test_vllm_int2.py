@@ -70,6 +70,17 @@ def compare(kind: str, replay: Replay, prompts: list[list[int]], results: list[d
     return comparisons, states
 
 
+def engine_donors(engine_host, replay: Replay, state: list[dict], prompts: list[list[int]]) -> dict[int, list[dict]]:
+    """For each prompt that will hit, ``state`` with the pages that the engine has, which must be nearly the same."""
+    donors = {}
+    for number, prompt in enumerate(prompts):
+        pages = engine_host.inside("engine_pages", "of_prefix", prompt)
+        donors[number], difference = replay.with_pages(state, pages)
+        print("pages", number, f"{difference:.1e}")
+        assert difference < tolerances.INT2_PAGES
+    return donors
+
+
 def close(comparisons: list[Comparison]) -> bool:
     return all(comparison.agrees for comparison in comparisons)
 
@@ -108,11 +119,7 @@ def test_chunks_decode_and_prefix_hits(engine_host, text, preset, kind):
     assert close(comparisons)
 
     shared = [edges[4][:n] + text(90, at=9000)[1:] for n in (131, 384, 499)]
-    donors = {}  # hits are replayed on the pages that the engine has
-    for number, prompt in enumerate(shared):
-        pages = engine_host.inside("engine_pages", "of_prefix", prompt)
-        donors[number], difference = replay.with_pages(states[4], pages)
-        assert difference < tolerances.INT2_PAGES
+    donors = engine_donors(engine_host, replay, states[4], shared)
     found = engine_host.run(shared, max_tokens=10)
     assert [result["cached"] for result in found] == [128, 384, 384]
     comparisons, _ = compare(kind, replay, shared, found, donors)

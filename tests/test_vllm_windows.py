@@ -8,9 +8,8 @@ independently (see ``replay``). The engines share one process (see ``vllm_engine
 from __future__ import annotations
 
 import pytest
-import tolerances
 from replay import Replay
-from test_vllm_int2 import close, compare, kernels
+from test_vllm_int2 import close, compare, engine_donors, kernels
 from test_vllm_lossless import LOSSLESS, NAN, TOLERANCE, assert_same
 from vllm_engine import EngineError
 from window_models import MODELS, SLIDING
@@ -154,12 +153,8 @@ def test_a_preset(engine_host, text, models, model, kind):
     comparisons, _ = compare(kind, replay, growing, engine_host.run(growing, max_tokens=24))
     assert close(comparisons)
 
-    shared, donors = [prompts[2][:n] + text(90, at=9000)[1:] for n in (400, 599)], {}
-    for number, prompt in enumerate(shared):
-        pages = engine_host.inside("engine_pages", "of_prefix", prompt)
-        donors[number], difference = replay.with_pages(states[2], pages)
-        print("pages", kind, f"{difference:.1e}")
-        assert difference < tolerances.INT2_PAGES
+    shared = [prompts[2][:n] + text(90, at=9000)[1:] for n in (400, 599)]
+    donors = engine_donors(engine_host, replay, states[2], shared)
     found = engine_host.run(shared, max_tokens=8)
     assert [result["cached"] for result in found] == [384, 512]
     comparisons, _ = compare(kind, replay, shared, found, donors)

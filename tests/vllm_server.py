@@ -35,12 +35,13 @@ class Server:
             model="demo", prompt=prompt, max_tokens=max_tokens, **({"temperature": 0} | options)
         )
 
-    def metric(self, name: str) -> float:
-        """Sum of a metric over its labels."""
+    def metric(self, name: str, label: str = "") -> float:
+        """Sum of a metric over its labels; with ``label``, such as ``engine="1"``, over those among which it is."""
         page = urllib.request.urlopen(self.url + "/metrics", timeout=60).read().decode()
-        rows = re.findall(rf"^vllm:{name}(?:\{{[^}}]*\}})? ([-+.\deE]+)$", page, flags=re.MULTILINE)
-        assert rows, f"no metric vllm:{name}"
-        return sum(map(float, rows))
+        rows = re.findall(rf"^vllm:{name}(\{{[^}}]*\}})? ([-+.\deE]+)$", page, flags=re.MULTILINE)
+        values = [float(value) for labels, value in rows if label in labels]
+        assert values, f"no metric vllm:{name} {label}"
+        return sum(values)
 
     def wait_until_quiet(self, timeout: float = 120) -> None:
         """No running or waiting request and no page in use."""
